@@ -1,0 +1,408 @@
+# Copyright 2026 the hf_moe authors. Licensed under the Apache License, Version 2.0.
+"""`MoEModel` and `MoEForCausalLM`: any dense causal LM of Transformers with its feed-forward blocks replaced by experts."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.generic import can_return_tuple
+
+from .balance import BatchBalance
+from .configuration_moe import MoEConfig
+from .dense_ffn import UnsupportedArchitectureError, find_ffns
+from .moe_layer import MoELayer
+from .record import RoutingRecord, checkpoint_with_record, record_routing
+
+# A loss's name in outputs, and the field with its coefficient.
+LOSS_COEFFICIENTS = {
+    "aux_loss": "router_aux_loss_coef",
+    "importance_loss": "router_importance_loss_coef",
+    "load_loss": "router_load_loss_coef",
+    "z_loss": "router_z_loss_coef",
+    "threshold_loss": "router_threshold_loss_coef",
+}
+
+
+@dataclass
+class MoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """`MoeCausalLMOutputWithPast` plus the losses by name.
+
+    `loss` is the LM loss in evaluation; in training it is the LM loss plus coefficient times router loss. The router losses
+    are means over layers, without coefficients: `aux_loss` is Switch's (balanced: 1), `importance_loss` and `load_loss`
+    are CV² (balanced: 0). `router_logits` has one `[B·S, E]` tensor per MoE layer.
+    """
+
+    lm_loss: Tensor | None = None
+    importance_loss: Tensor | None = None
+    load_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    threshold_loss: Tensor | None = None
+
+
+class MoEPreTrainedModel(PreTrainedModel):
+    """What `MoEModel` and `MoEForCausalLM` share: the dense model `language_model`, and its FFNs replaced."""
+
+    config: MoEConfig
+    config_class = MoEConfig
+    base_model_prefix = "language_model"
+    supports_gradient_checkpointing = True
+    # the dense model checks for itself what it supports
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def _replace_ffns(self) -> None:
+        """Put a `MoELayer` in the place of the FFN of every MoE layer."""
+        config = self.config
+        text_config = config.get_text_config()
+        if any(getattr(text_config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+            raise UnsupportedArchitectureError(
+                f"`text_config` of type {text_config.model_type!r} already is a Mixture-of-Experts; give a dense model's config."
+            )
+        sites = find_ffns(self.language_model, text_config.num_hidden_layers)
+        self._gate_names: list[str] = []
+        for index, num_experts in zip(config.moe_layers, config.num_experts_per_layer, strict=True):
+            site = sites[index]
+            layer = MoELayer(config=config, num_experts=num_experts, **site.layer_arguments(self.language_model))
+            site.replace(self.language_model, layer)
+            self._gate_names.append(f"{site.moe_path}.gate")
+        self._keep_in_fp32_modules_strict = [f"{name}." for name in self._gate_names]
+        self._is_stateful = any(m._is_stateful for m in self.language_model.modules() if isinstance(m, PreTrainedModel))
+        self._routing_listeners: list[Callable[[RoutingRecord], None]] = []
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        """The MoE layers, first to last."""
+        return [module for module in self.modules() if isinstance(module, MoELayer)]
+
+    def add_routing_listener(self, listener: Callable[[RoutingRecord], None]) -> None:
+        """Have `listener(record)` called after every forward in training (see `RoutingRecord`)."""
+        self._routing_listeners.append(listener)
+
+    def remove_routing_listener(self, listener: Callable[[RoutingRecord], None]) -> None:
+        """Undo `add_routing_listener`."""
+        self._routing_listeners.remove(listener)
+
+    # ------------------------------------------------------------------ hooks of PreTrainedModel
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Initialise the MoE layers, which the dense model's own initialisation does not know, then the rest."""
+        std = getattr(self.config.get_text_config(), "initializer_range", None) or 0.02
+        for layer in self.moe_layers:
+            parts = [module for module in layer.modules() if not getattr(module, "_is_hf_initialized", False)]
+            if layer in parts:
+                layer.reset_parameters(std)
+            for module in parts:
+                module._is_hf_initialized = True
+        super().initialize_weights()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # Transformers looks for the decorator in this file, but it is in experts.py
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self._dense_model().get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self._dense_model().set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """See `PreTrainedModel.resize_token_embeddings`."""
+        return self._dense_model().resize_token_embeddings(*args, **kwargs)
+
+    def _dense_model(self) -> PreTrainedModel:
+        return self.language_model
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
+        if isinstance(gradient_checkpointing_func, functools.partial):
+            if gradient_checkpointing_func.keywords.get("use_reentrant"):
+                raise ValueError(
+                    "`use_reentrant=True` would silently lose the gradient of the router losses, which leave the checkpointed "
+                    "layers beside their output. Use `gradient_checkpointing_kwargs={'use_reentrant': False}`."
+                )
+            if gradient_checkpointing_func.func is checkpoint:
+                gradient_checkpointing_func.keywords["use_reentrant"] = False
+        wrapped = checkpoint_with_record(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=wrapped, **kwargs)
+
+    # ------------------------------------------------------------------ one forward
+
+    def _run(
+        self,
+        run_dense_model: Callable[..., Any],
+        measure: bool,
+        keep_logits: bool,
+        inputs: dict[str, Any],
+    ) -> tuple[Any, RoutingRecord]:
+        """Call the dense model under a new record."""
+        tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+        if tokens is None:
+            raise ValueError("Neither `input_ids` nor `inputs_embeds` is given. Pass one of them.")
+        batch_shape = (tokens.shape[0], tokens.shape[1])
+        record = RoutingRecord(
+            token_mask=token_mask(inputs["attention_mask"], batch_shape, inputs["past_key_values"]),
+            input_ids=inputs["input_ids"],
+            batch_shape=batch_shape,
+            keep_logits=keep_logits,
+            measure=measure,
+        )
+        with record_routing(record):
+            outputs = run_dense_model(**{name: value for name, value in inputs.items() if value is not None})
+        if self.training:
+            for listener in self._routing_listeners:
+                listener(record)
+        return outputs, record
+
+
+def token_mask(attention_mask: Any, batch_shape: tuple[int, int], past_key_values: Cache | None) -> Tensor | None:
+    """Which of this forward's tokens are real, from any attention mask that Transformers' models take.
+
+    A token is real if it may attend to itself: in a 2-D mask its own column is set, in a 4-D mask its own diagonal entry.
+
+    Args:
+        attention_mask: `None`, `[B, past + S]`, `[B, H, S, past + S]` (bool or additive), or a dict of those by layer type.
+        batch_shape: (B, S).
+        past_key_values: the cache, whose length is the past.
+
+    Returns:
+        `[B, S]` bool, or `None` where nothing is masked or the mask does not tell (flex attention's block masks).
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
+    if not isinstance(attention_mask, Tensor):
+        return None
+    batch, length = batch_shape
+    if attention_mask.dim() == 2:
+        return attention_mask[:, -length:].bool() if attention_mask.shape[1] >= length else None
+    if attention_mask.dim() != 4:
+        return None
+    past = past_key_values.get_seq_length() if past_key_values is not None else attention_mask.shape[3] - length
+    allowed = attention_mask[:, 0]
+    if allowed.is_floating_point():
+        allowed = allowed > torch.finfo(allowed.dtype).min / 2
+    own = allowed.bool().diagonal(offset=int(past), dim1=1, dim2=2)
+    return own.expand(batch, -1) if own.shape[1] == length else None
+
+
+class MoEModel(MoEPreTrainedModel):
+    """The bare decoder, without a language-modelling head. Reads the checkpoints of `MoEForCausalLM` and the reverse."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^language_model\.(lm_head|embed_out|output_layer)\."]
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        text_config = config.get_text_config()
+        # the name that the decoder has in its causal LM, so that both have the same weight names
+        self._decoder_name = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)].base_model_prefix
+        self.language_model = nn.ModuleDict({self._decoder_name: AutoModel.from_config(text_config)})
+        self._replace_ffns()
+        self.post_init()
+
+    def _dense_model(self) -> PreTrainedModel:
+        return self.language_model[self._decoder_name]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Hidden states of the decoder; arguments as for the dense model, plus `output_router_logits`."""
+        keep_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+            "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs,
+        }  # fmt: skip
+        outputs, record = self._run(self._dense_model(), self.training and bool(self._routing_listeners), keep_logits, inputs)
+        return MoeModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            router_logits=_router_logits(record) if keep_logits else None,
+        )
+
+
+class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
+    """A causal LM whose feed-forward blocks are Mixtures of Experts.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> text_config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        ...                           num_key_value_heads=4, vocab_size=256)
+        >>> model = MoEForCausalLM(MoEConfig(text_config=text_config, num_experts=4, num_experts_per_tok=2))
+        >>> ids = torch.randint(0, 256, (2, 16))
+        >>> sorted(k for k in model(input_ids=ids, labels=ids).keys() if "loss" in k)
+        ['aux_loss', 'importance_loss', 'lm_loss', 'loss', 'z_loss']
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        self.language_model = AutoModelForCausalLM.from_config(config.get_text_config())
+        self._replace_ffns()
+        self._balance = BatchBalance(config.balance_scope)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoECausalLMOutputWithPast:
+        """Logits and, with `labels`, losses.
+
+        Args:
+            input_ids, inputs_embeds: `[B, S]` or `[B, S, D]`; one of them.
+            attention_mask: `[B, past + S]`, or 4-D. Padding counts in no statistic, loss or capacity.
+            labels: `[B, S]`; -100 is ignored.
+            output_router_logits: also return the router logits (default: the config's).
+            position_ids, past_key_values, use_cache, logits_to_keep, kwargs: as for the dense model. `num_items_in_batch`
+                (given by `Trainer`) makes losses of micro-batches add up (see `hf_moe.balance`).
+        """
+        keep_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+            "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache, "labels": labels,
+            "logits_to_keep": logits_to_keep, **kwargs,
+        }  # fmt: skip
+        measure = self.training or labels is not None or keep_logits
+        outputs, record = self._run(self._call_language_model, measure, keep_logits, inputs)
+        lm_loss = outputs.get("loss")
+        loss, router_losses = self._total_loss(lm_loss, record, inputs) if measure else (lm_loss, {})
+        return MoECausalLMOutputWithPast(
+            loss=loss,
+            lm_loss=lm_loss,
+            logits=outputs.logits,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            router_logits=_router_logits(record) if keep_logits else None,
+            **router_losses,
+        )
+
+    def _call_language_model(self, **inputs: Any) -> Any:
+        """The dense causal LM; arguments of a loss that it cannot take are applied here."""
+        accepted = _accepted_arguments(type(self.language_model))
+        if accepted is None:
+            return self.language_model(**inputs)
+        given = {name: value for name, value in inputs.items() if name in accepted and name != "labels"}
+        outputs = self.language_model(**given)
+        if inputs.get("labels") is not None:
+            loss_arguments = {k: v for k, v in inputs.items() if k in ("num_items_in_batch", "shift_labels")}
+            vocab_size = self.config.get_text_config().vocab_size
+            outputs["loss"] = self.loss_function(outputs.logits, inputs["labels"], vocab_size, **loss_arguments)
+        return outputs
+
+    def _total_loss(
+        self, lm_loss: Tensor | None, record: RoutingRecord, inputs: dict[str, Any]
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """LM loss plus weighted router losses in training, the LM loss alone in evaluation; and the router losses by name."""
+        layers = [layer for layer in record.layers if layer.sums]
+        if not layers:
+            return lm_loss, {}
+        if not self.training:
+            return lm_loss, record.losses()
+        if lm_loss is None:  # a loss of the caller's own (DPO): what is reported can be differentiated
+            terms, _ = self._balance.terms(layers, None, None)
+            return None, terms
+        version = next((p._version for p in self.moe_layers[0].gate.parameters()), 0)
+        terms, values = self._balance.terms(layers, _count_labels(inputs), inputs.get("num_items_in_batch"), version)
+        loss = lm_loss
+        for name, term in terms.items():
+            coefficient = getattr(self.config, LOSS_COEFFICIENTS[name])
+            if coefficient:
+                loss = loss + coefficient * term.to(loss.device)
+        return loss, values
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The dense model's own."""
+        return self.language_model.prepare_inputs_for_generation(*args, **kwargs)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+
+@functools.cache
+def _accepted_arguments(model_class: type[nn.Module]) -> frozenset[str] | None:
+    """Argument names of a model's forward, or `None` if it takes any."""
+    parameters = inspect.signature(model_class.forward).parameters.values()
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else frozenset(p.name for p in parameters)
+
+
+def _count_labels(inputs: dict[str, Any]) -> Tensor:
+    """Labels that the LM loss counts, as `Trainer` counts them for `num_items_in_batch`."""
+    shift_labels = inputs.get("shift_labels")
+    labels = inputs["labels"][..., 1:] if shift_labels is None else shift_labels
+    return labels.ne(-100).sum()
+
+
+def _router_logits(record: RoutingRecord) -> tuple[Tensor, ...]:
+    return tuple(layer.router_logits for layer in record.layers if layer.router_logits is not None)
+
+
+# On disk a checkpoint has the dense model's own names, and one tensor per expert and projection. Experts without a gate
+# have their own name for the up projection, since a name can be converted in one way only.
+_EXPERTS_ON_DISK = {
+    (r"\.experts.*.gate_proj.weight", r"\.experts.*.up_proj.weight"): r"\.experts.gate_up_proj",
+    (r"\.experts.*.gate_proj.bias", r"\.experts.*.up_proj.bias"): r"\.experts.gate_up_proj_bias",
+    (r"\.experts.*.plain_up_proj.weight",): r"\.experts.up_proj",
+    (r"\.experts.*.plain_up_proj.bias",): r"\.experts.up_proj_bias",
+    (r"\.experts.*.down_proj.weight",): r"\.experts.down_proj",
+    (r"\.experts.*.down_proj.bias",): r"\.experts.down_proj_bias",
+}
+
+
+def _checkpoint_conversion() -> list[WeightConverter | WeightRenaming]:
+    prefix = WeightRenaming(r"^(?!language_model\.)(.+)", r"language_model.\1")
+    fused = [
+        WeightConverter(
+            source_patterns=list(sources),
+            target_patterns=target,
+            operations=[MergeModulelist(dim=0), *([Concatenate(dim=1)] if len(sources) > 1 else [])],
+        )
+        for sources, target in _EXPERTS_ON_DISK.items()
+    ]
+    return [prefix, *fused]
+
+
+register_checkpoint_conversion_mapping(MoEConfig.model_type, _checkpoint_conversion(), overwrite=True)
+MoEModel.register_for_auto_class("AutoModel")
+MoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["MoECausalLMOutputWithPast", "MoEForCausalLM", "MoEModel", "MoEPreTrainedModel"]

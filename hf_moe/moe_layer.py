@@ -1,0 +1,162 @@
+# Copyright 2026 the hf_moe authors. Licensed under the Apache License, Version 2.0.
+"""`MoELayer`: a router, its experts, and what every token passes beside them. Usable in any `nn.Module`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+from .configuration_moe import BATCH_ROUTERS, MoEConfig
+from .experts import DenseFFN, Experts
+from .record import current_record
+from .routers import ROUTERS
+from .routing import Routing, apply_capacity
+
+
+class MoELayer(nn.Module):
+    """A Mixture-of-Experts feed-forward layer: `[..., D]` in, `[..., D]` out.
+
+    The next to last dimension is the sequence: capacity is counted along it. Padding and token ids come from the active
+    `RoutingRecord` (see `record_routing`); `MoEForCausalLM` provides it, around a layer of your own you do.
+
+    Args:
+        hidden_size: D.
+        config: a `MoEConfig`; or give its fields as keywords.
+        num_experts: E, for this layer (default: the config's).
+        intermediate_size: F (default: the config's `moe_intermediate_size`, else 4·D).
+        hidden_act: name or callable of the activation.
+        has_gate: SwiGLU-like experts, or plain ones.
+        has_bias: whether the experts have biases.
+        dropout: probability, on the layer's output.
+        dtype: of the expert weights; the router is fp32.
+        config_fields: fields of `MoEConfig`, where no config is given.
+
+    Example:
+        >>> layer = MoELayer(64, num_experts=8, num_experts_per_tok=2, router_type="noisy_top_k", intermediate_size=128)
+        >>> with record_routing() as record:
+        ...     y = layer(torch.randn(4, 16, 64))
+        >>> sorted(record.losses())
+        ['aux_loss', 'importance_loss', 'load_loss', 'z_loss']
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: MoEConfig | None = None,
+        *,
+        num_experts: int | None = None,
+        intermediate_size: int | None = None,
+        hidden_act: str | Callable[[Tensor], Tensor] = "silu",
+        has_gate: bool = True,
+        has_bias: bool = False,
+        dropout: float = 0.0,
+        dtype: torch.dtype | None = None,
+        **config_fields: Any,
+    ) -> None:
+        super().__init__()
+        if config is not None and config_fields:
+            raise ValueError(f"Give `config` or its fields ({', '.join(config_fields)}), not both.")
+        if config is None:
+            config = MoEConfig(**({} if num_experts is None else {"num_experts": num_experts}), **config_fields)
+            config._experts_implementation = config._experts_implementation or "grouped_mm"
+        self.config = config
+        self.hidden_size = hidden_size
+        self.num_experts = config.num_experts_per_layer[0] if num_experts is None else num_experts
+        self.top_k = config.num_experts_per_tok
+        self.dropout = dropout
+        self.sparse_slots = config.router_type in BATCH_ROUTERS  # one slot per expert, most of them empty
+        width = config.moe_intermediate_size or intermediate_size or 4 * hidden_size
+        act_fn = ACT2FN[hidden_act] if isinstance(hidden_act, str) else hidden_act
+        ffn = {"act_fn": act_fn, "has_gate": has_gate, "has_bias": has_bias, "dtype": dtype}
+
+        self.gate = ROUTERS[config.router_type](config, hidden_size, self.num_experts)
+        may_drop = config.capacity_factor is not None or config.eval_capacity_factor is not None
+        empty_slots = may_drop or config.router_type == "gshard"
+        self.experts = Experts(
+            config, self.num_experts, hidden_size, width, allow_empty_slots=empty_slots and not self.sparse_slots, **ffn
+        )
+        if config.num_shared_experts:
+            self.shared_experts = DenseFFN(hidden_size, config.num_shared_experts * width, **ffn)
+        if config.use_shared_expert_gate:
+            self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, dtype=dtype)
+        if config.residual_moe:
+            self.residual_ffn = DenseFFN(hidden_size, intermediate_size or width, **ffn)
+            self.residual_coefficient = nn.Linear(hidden_size, 2, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draw all weights; what mixes routed and dense output starts at equal shares."""
+        for child in (self.gate, self.experts, *self._beside()):
+            child.reset_parameters(std)
+        for name in ("shared_expert_gate", "residual_coefficient"):
+            if hasattr(self, name):
+                for parameter in getattr(self, name).parameters():
+                    init.zeros_(parameter)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Route, run the experts, combine.
+
+        Args:
+            hidden_states: `[..., S, D]`, or `[T, D]` for the T tokens of the active record's batch.
+        """
+        record = current_record()
+        x_TD = hidden_states.reshape(-1, self.hidden_size)
+        token_mask_T = None if record is None else _flat(record.token_mask, x_TD, "token_mask")
+        token_ids_T = None if record is None else _flat(record.input_ids, x_TD, "input_ids")
+        routing: Routing = self.gate(x_TD, token_mask_T, token_ids_T)
+        capacity = self.config.capacity_factor if self.training else self.config.eval_capacity_factor
+        if capacity is not None and not self.sparse_slots:
+            shape = record.batch_shape if record is not None and record.batch_shape else hidden_states.shape[:-1]
+            policy = self.config.capacity_policy
+            routing = apply_capacity(routing, self.num_experts, capacity, shape, token_mask_T, policy)
+        if record is not None:
+            record.add(routing, self.num_experts, self.top_k, token_mask_T)
+        y_TD = self._run_experts(x_TD, routing)
+        y_TD = self._add_dense(x_TD, y_TD)
+        if self.dropout:
+            y_TD = F.dropout(y_TD, self.dropout, self.training)
+        return y_TD.view(hidden_states.shape)
+
+    def _run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        if not self.sparse_slots:
+            return self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK)
+        token, slot = torch.where(routing.expert_ids_TK < self.num_experts)
+        ids, weights = routing.expert_ids_TK[token, slot], routing.weights_TK[token, slot]
+        rows = self.experts(x_TD[token], ids.unsqueeze(-1), weights.unsqueeze(-1))
+        return torch.zeros_like(x_TD).index_add(0, token, rows.to(x_TD.dtype))
+
+    def _add_dense(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
+        """Add what every token passes: the shared experts, or the dense half of a residual MoE."""
+        if self.config.num_shared_experts:
+            shared_TD = self.shared_experts(x_TD)
+            if self.config.use_shared_expert_gate:
+                shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
+            return y_TD + shared_TD
+        if self.config.residual_moe:
+            share_T2 = self.residual_coefficient(x_TD).float().softmax(dim=-1).to(y_TD.dtype)
+            return y_TD * share_T2[:, :1] + self.residual_ffn(x_TD) * share_T2[:, 1:]
+        return y_TD
+
+    def _beside(self) -> list[DenseFFN]:
+        return [child for child in self.children() if isinstance(child, DenseFFN)]
+
+    def extra_repr(self) -> str:
+        return f"router_type={self.config.router_type!r}"
+
+
+def _flat(values_BS: Tensor | None, x_TD: Tensor, name: str) -> Tensor | None:
+    """`[B, S]` as `[T]` on the tokens' device, checked against their number."""
+    if values_BS is None:
+        return None
+    if values_BS.numel() != x_TD.shape[0]:
+        raise ValueError(
+            f"`{name}` of shape {tuple(values_BS.shape)} does not match the {x_TD.shape[0]} tokens that reach the MoE layer. "
+            "Pass one value per token."
+        )
+    return values_BS.reshape(-1).to(x_TD.device)

@@ -1,0 +1,120 @@
+# Copyright 2026 the hf_moe authors. Licensed under the Apache License, Version 2.0.
+"""`Routing`, the plan a router makes for a batch of tokens, and the capacity that cuts it.
+
+Letters: T tokens (B sequences of S), E experts, K slots per token. A slot that holds the id E holds no expert; its weight
+is 0. This is the sentinel that Transformers' expert implementations skip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Who computes what: the plan for T tokens.
+
+    Attributes:
+        expert_ids_TK: `[T, K]` int64; E marks an empty slot.
+        weights_TK: `[T, K]` combine weights in the router's dtype (fp32); 0 in empty slots.
+        logits_TE: `[T, E]` the router's logits without noise, or `None` where there are none (hash).
+        chosen_ids_TK: `[T, K]` the ids before capacity (and before GShard's random drop); what the router *wanted*.
+        chosen_weights_TK: `[T, K]` the gates before capacity.
+        stats: further sums over tokens that the router's own losses need, by name, as `[T, ...]` tensors.
+    """
+
+    expert_ids_TK: Tensor
+    weights_TK: Tensor
+    logits_TE: Tensor | None
+    chosen_ids_TK: Tensor
+    chosen_weights_TK: Tensor
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, expert_ids_TK: Tensor, weights_TK: Tensor, logits_TE: Tensor | None, **stats: Tensor) -> Routing:
+        """A plan in which everything wanted is also done."""
+        return cls(expert_ids_TK, weights_TK, logits_TE, expert_ids_TK, weights_TK, stats)
+
+    def keep(self, keep_TK: Tensor, num_experts: int) -> Routing:
+        """The plan with the slots where `keep_TK` is False emptied."""
+        return replace(
+            self,
+            expert_ids_TK=self.expert_ids_TK.masked_fill(~keep_TK, num_experts),
+            weights_TK=self.weights_TK.masked_fill(~keep_TK, 0.0),
+        )
+
+
+def apply_capacity(
+    routing: Routing,
+    num_experts: int,
+    capacity_factor: float,
+    batch_shape: Sequence[int],
+    token_mask_T: Tensor | None = None,
+    policy: str = "position",
+) -> Routing:
+    """Empty the slots that are over the capacity of their expert; those tokens pass through the residual.
+
+    Capacity is counted within one sequence, over real tokens, so that it does not depend on ranks, batch or padding.
+    With `"position"` an expert may hold at most `ceil(capacity_factor · K · n / E)` of the first n tokens, for every n:
+    the usual capacity at the end of the sequence, and at no point a look at what follows. The other policies rank the
+    whole sequence against its final capacity, so later tokens can push out earlier ones.
+
+    Args:
+        routing: the plan.
+        num_experts: E.
+        capacity_factor: slots per expert as a multiple of its fair share.
+        batch_shape: (..., S), the tokens' shape; its last dimension is the sequence.
+        token_mask_T: `[T]` bool, False for padding, which neither takes capacity nor is dropped.
+        policy: `"position"`, `"probability"` or `"batch_priority"` (see `MoEConfig.capacity_policy`).
+    """
+    ids_TK = routing.expert_ids_TK
+    length = batch_shape[-1] if len(batch_shape) else 1
+    real_T = torch.ones_like(ids_TK[:, 0], dtype=torch.bool) if token_mask_T is None else token_mask_T
+    arrives_BSE = _by_expert(ids_TK, real_T.unsqueeze(-1).expand_as(ids_TK), num_experts).view(-1, length, num_experts)
+    real_tokens_BS = real_T.view(-1, length).cumsum(dim=1)
+    capacity_BS1 = _ceil(real_tokens_BS, capacity_factor * ids_TK.shape[-1] / num_experts).unsqueeze(-1)
+    if policy == "position":
+        kept_BSE = _first_come_first_served(arrives_BSE, capacity_BS1)
+    else:
+        weights_TK = routing.weights_TK
+        if policy == "batch_priority":
+            weights_TK = weights_TK.amax(dim=-1, keepdim=True).expand_as(weights_TK)
+        priority_BSE = _by_expert(ids_TK, weights_TK.detach(), num_experts).view_as(arrives_BSE)
+        kept_BSE = _ranked(arrives_BSE, priority_BSE, capacity_BS1[:, -1:])
+    # the column of the sentinel, so that empty slots can be looked up like the others
+    kept_TE1 = torch.nn.functional.pad(kept_BSE.flatten(0, 1), (0, 1), value=False)
+    return routing.keep(kept_TE1.gather(1, ids_TK) | ~real_T.unsqueeze(-1), num_experts)
+
+
+def _by_expert(ids_TK: Tensor, values_TK: Tensor, num_experts: int) -> Tensor:
+    """`[T, E]` with the value of each expert's slot, 0 (False) where a token does not use the expert."""
+    out_TE1 = values_TK.new_zeros(ids_TK.shape[0], num_experts + 1)
+    return out_TE1.scatter(1, ids_TK, values_TK)[:, :num_experts]
+
+
+def _ceil(count: Tensor, factor: float) -> Tensor:
+    """`ceil(count · factor)` in float64, safe from 2.0000000001 becoming 3."""
+    return torch.ceil(count.double() * factor - 1e-9).long()
+
+
+def _first_come_first_served(arrives_BSE: Tensor, capacity_BS1: Tensor) -> Tensor:
+    """Which arrivals find a free place when places are added along the sequence.
+
+    An expert holds n_s = min(n_{s-1} + arrival_s, C_s). As C never falls, this reflected walk has the closed form
+    n_s = A_s + min(0, min_{r ≤ s} (C_r − A_r)) with A the cumulated arrivals.
+    """
+    arrived_BSE = arrives_BSE.long().cumsum(dim=1)
+    lost_BSE = (capacity_BS1 - arrived_BSE).cummin(dim=1).values.clamp(max=0)
+    held_BSE = arrived_BSE + lost_BSE
+    return torch.diff(held_BSE, dim=1, prepend=torch.zeros_like(held_BSE[:, :1])) > 0
+
+
+def _ranked(arrives_BSE: Tensor, priority_BSE: Tensor, capacity_B11: Tensor) -> Tensor:
+    """Which arrivals are among the first C by priority (ties to the earlier token)."""
+    priority_BSE = priority_BSE.masked_fill(~arrives_BSE, float("-inf"))
+    order_BSE = priority_BSE.argsort(dim=1, descending=True, stable=True)
+    return arrives_BSE & (order_BSE.argsort(dim=1) < capacity_B11)
