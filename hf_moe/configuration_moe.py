@@ -203,7 +203,9 @@ class MoEConfig(PreTrainedConfig):
                    "a positive int, or None for the dense width")  # fmt: skip
         for field in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, field)
-            _check(value is None or (_is_number(value) and value > 0), self, field, "a positive number, or None (dropless)")
+            _check(
+                value is None or (_is_number(value) and value > 0), self, field, "a positive number, or None (dropless)"
+            )
         for field in (*_COEFFICIENTS, "router_bias_update_speed"):
             _check(_is_number(getattr(self, field)) and getattr(self, field) >= 0, self, field, "a number >= 0")
         _check(0 <= self.router_jitter_noise < 1, self, "router_jitter_noise", "a number in [0, 1)")
@@ -246,9 +248,13 @@ class MoEConfig(PreTrainedConfig):
     def _validate_router(self) -> None:
         router, top_k = self.router_type, self.num_experts_per_tok
         if router == "switch" and top_k != 1:
-            raise ValueError(f"`router_type`='switch' is top-1, but `num_experts_per_tok`={top_k}. Set it to 1, or use 'top_k'.")
+            raise ValueError(
+                f"`router_type`='switch' is top-1, but `num_experts_per_tok`={top_k}. Set it to 1, or use 'top_k'."
+            )
         if router == "gshard" and top_k != 2:
-            raise ValueError(f"`router_type`='gshard' is top-2, but `num_experts_per_tok`={top_k}. Set it to 2, or use 'top_k'.")
+            raise ValueError(
+                f"`router_type`='gshard' is top-2, but `num_experts_per_tok`={top_k}. Set it to 2, or use 'top_k'."
+            )
         if router not in ("sigmoid", "hierarchical") and (self.n_group, self.topk_group) != (1, 1):
             raise ValueError(
                 f"`n_group`={self.n_group}, `topk_group`={self.topk_group} are read by the 'sigmoid' and 'hierarchical' "
@@ -287,7 +293,9 @@ class MoEConfig(PreTrainedConfig):
                 f"{router!r}. Leave it at 1."
             )
         if self.router_jitter_noise and router == "hash":
-            raise ValueError(f"`router_jitter_noise`={self.router_jitter_noise}: a hash has no input to jitter. Set it to 0.")
+            raise ValueError(
+                f"`router_jitter_noise`={self.router_jitter_noise}: a hash has no input to jitter. Set it to 0."
+            )
 
     def _validate_groups(self) -> None:
         for experts in self.num_experts_per_layer:

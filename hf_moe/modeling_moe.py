@@ -235,7 +235,9 @@ class MoEModel(MoEPreTrainedModel):
             "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
             "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs,
         }  # fmt: skip
-        outputs, record = self._run(self._dense_model(), self.training and bool(self._routing_listeners), keep_logits, inputs)
+        outputs, record = self._run(
+            self._dense_model(), self.training and bool(self._routing_listeners), keep_logits, inputs
+        )
         return MoeModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),

@@ -223,7 +223,9 @@ class HierarchicalRouter(Router):
         raw_TAB = F.linear(x_TD, self.noise_weight).view_as(clean_TAB)
         group_noise_TA = torch.randn_like(groups_TA) if self.training else None
         noise_TAB = torch.randn_like(clean_TAB) if self.training else None
-        group_ids_TG, group_gates_TG, group_load_TA = noisy_top_k(groups_TA, group_raw_TA, group_noise_TA, self.topk_group)
+        group_ids_TG, group_gates_TG, group_load_TA = noisy_top_k(
+            groups_TA, group_raw_TA, group_noise_TA, self.topk_group
+        )
         inner_TAK, gates_TAK, load_TAB = noisy_top_k(clean_TAB, raw_TAB, noise_TAB, self.top_k_in_group)
 
         pick_TGK = group_ids_TG.unsqueeze(-1).expand(-1, -1, self.top_k_in_group)
