@@ -49,11 +49,12 @@ class _StackedExperts(nn.Module):
         return output_TD
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
-        up = self.gate_up_proj if self.has_gate else self.up_proj
-        up_bias = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias)[expert] if self.has_bias else None
-        hidden = F.linear(x, up[expert], up_bias)
-        hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-        return F.linear(hidden, self.down_proj[expert], self.down_proj_bias[expert] if self.has_bias else None)
+        def linear(rows: Tensor, name: str) -> Tensor:
+            bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
+            return F.linear(rows, getattr(self, name)[expert], bias)
+
+        hidden = linear(x, "gate_up_proj" if self.has_gate else "up_proj")
+        return linear(self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden), "down_proj")
 
 
 class Experts(_StackedExperts):
@@ -95,6 +96,17 @@ class Experts(_StackedExperts):
             self.register_parameter(name, nn.Parameter(torch.empty(num_experts, rows, columns, dtype=dtype)))
             if has_bias:
                 self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(num_experts, rows, dtype=dtype)))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See `_StackedExperts.forward`; run by the config's `experts_implementation`."""
+        if self.config._experts_implementation == "grouped_mm" and not self._fits_grouped_mm():
+            return _StackedExperts.forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
+        return super().forward(hidden_states, top_k_index, top_k_weights)
+
+    def _fits_grouped_mm(self) -> bool:
+        """Torch's grouped GEMM takes no fp64, and only rows of a multiple of 16 bytes; the plain loop takes any."""
+        size = self.down_proj.element_size()
+        return size <= 4 and not (self.hidden_dim * size) % 16 and not (self.intermediate_dim * size) % 16
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Weights from N(0, std²), biases 0."""

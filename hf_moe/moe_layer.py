@@ -139,7 +139,8 @@ class MoELayer(nn.Module):
                 shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
             return y_TD + shared_TD
         if self.config.residual_moe:
-            share_T2 = self.residual_coefficient(x_TD).float().softmax(dim=-1).to(y_TD.dtype)
+            precision = torch.promote_types(y_TD.dtype, torch.float32)
+            share_T2 = self.residual_coefficient(x_TD).softmax(dim=-1, dtype=precision).to(y_TD.dtype)
             return y_TD * share_T2[:, :1] + self.residual_ffn(x_TD) * share_T2[:, 1:]
         return y_TD
 

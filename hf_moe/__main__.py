@@ -1,0 +1,42 @@
+# Copyright 2026 the hf_moe authors. Licensed under the Apache License, Version 2.0.
+"""The command `hf-moe`: hands over to the module of the sub-command that is named."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+# Names, not imports: what a command needs is imported when it is run, and the core imports nothing above it.
+COMMANDS = {
+    "upcycle": ("hf_moe.conversion.cli", "turn a dense checkpoint into a Mixture-of-Experts checkpoint"),
+    "train": ("hf_moe.training.finetune", "fine-tune a checkpoint on a text or JSONL file"),
+    "demo": ("hf_moe.training.demo", "upcycle and fine-tune a real model, from download to generated text"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `hf-moe COMMAND …`; returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from .version import __version__
+
+        print(f"hf_moe {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"hf-moe: no command {argv[0]!r}. Choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    module, _ = COMMANDS[argv[0]]
+    return importlib.import_module(module).main(argv[1:]) or 0
+
+
+def _help() -> str:
+    lines = [f"  {name:<10}{description}" for name, (_, description) in COMMANDS.items()]
+    usage = ["usage: hf-moe COMMAND [options]", "", *lines, "", "`hf-moe COMMAND --help` lists the options of a command."]
+    return "\n".join(usage)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
