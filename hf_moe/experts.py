@@ -99,14 +99,14 @@ class Experts(_StackedExperts):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See `_StackedExperts.forward`; run by the config's `experts_implementation`."""
-        if self.config._experts_implementation == "grouped_mm" and not self._fits_grouped_mm():
+        if self._needs_loop(hidden_states.dtype):
             return _StackedExperts.forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
         return super().forward(hidden_states, top_k_index, top_k_weights)
 
-    def _fits_grouped_mm(self) -> bool:
+    def _needs_loop(self, dtype: torch.dtype) -> bool:
         """Torch's grouped GEMM takes no fp64, and only rows of a multiple of 16 bytes; the plain loop takes any."""
-        size = self.down_proj.element_size()
-        return size <= 4 and not (self.hidden_dim * size) % 16 and not (self.intermediate_dim * size) % 16
+        unfit = dtype == torch.float64 or self.hidden_dim % 8 or self.intermediate_dim % 8  # 8 of the smallest, bf16
+        return bool(unfit) and self.config._experts_implementation == "grouped_mm"
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Weights from N(0, std²), biases 0."""

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.generic import can_return_tuple
 
 from .balance import BatchBalance
-from .configuration_moe import MoEConfig
+from .configuration_moe import NOISY_ROUTERS, MoEConfig
 from .dense_ffn import UnsupportedArchitectureError, find_ffns
 from .moe_layer import MoELayer
 from .record import RoutingRecord, checkpoint_with_record, record_routing
@@ -131,15 +131,22 @@ class MoEPreTrainedModel(PreTrainedModel):
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
     ) -> None:
         if isinstance(gradient_checkpointing_func, functools.partial):
-            if gradient_checkpointing_func.keywords.get("use_reentrant"):
-                raise ValueError(
-                    "`use_reentrant=True` would silently lose the gradient of the router losses, which leave the checkpointed "
-                    "layers beside their output. Use `gradient_checkpointing_kwargs={'use_reentrant': False}`."
-                )
-            if gradient_checkpointing_func.func is checkpoint:
-                gradient_checkpointing_func.keywords["use_reentrant"] = False
-        wrapped = checkpoint_with_record(gradient_checkpointing_func)
+            gradient_checkpointing_func.keywords.setdefault("use_reentrant", False)  # torch's default is True
+        wrapped = checkpoint_with_record(gradient_checkpointing_func, self._routers_draw)
         super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=wrapped, **kwargs)
+
+    def _adopt_checkpoint_wrappers(self) -> None:
+        """Make torch's `CheckpointWrapper`s (FSDP's activation checkpointing) bring the record back for the recompute."""
+        for module in self.modules():
+            checkpoint_fn = vars(module).get("checkpoint_fn")
+            if checkpoint_fn is not None and not getattr(checkpoint_fn, "carries_record", False):
+                module.checkpoint_fn = checkpoint_with_record(checkpoint_fn, self._routers_draw)
+                module.checkpoint_fn.carries_record = True
+
+    @property
+    def _routers_draw(self) -> bool:
+        """Whether routers draw random numbers in training."""
+        return self.config.router_type in (*NOISY_ROUTERS, "gshard") or self.config.router_jitter_noise > 0
 
     # ------------------------------------------------------------------ one forward
 
@@ -151,6 +158,8 @@ class MoEPreTrainedModel(PreTrainedModel):
         inputs: dict[str, Any],
     ) -> tuple[Any, RoutingRecord]:
         """Call the dense model under a new record."""
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._adopt_checkpoint_wrappers()
         tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
         if tokens is None:
             raise ValueError("Neither `input_ids` nor `inputs_embeds` is given. Pass one of them.")

@@ -76,11 +76,12 @@ class MoELayer(nn.Module):
         ffn = {"act_fn": act_fn, "has_gate": has_gate, "has_bias": has_bias, "dtype": dtype}
 
         self.gate = ROUTERS[config.router_type](config, hidden_size, self.num_experts)
-        may_drop = config.capacity_factor is not None or config.eval_capacity_factor is not None
-        empty_slots = may_drop or config.router_type == "gshard"
-        self.experts = Experts(
-            config, self.num_experts, hidden_size, width, allow_empty_slots=empty_slots and not self.sparse_slots, **ffn
-        )
+        # read at every call, so kept here: attributes of a config are slow to read
+        self.capacity_factor = None if self.sparse_slots else config.capacity_factor
+        self.eval_capacity_factor = None if self.sparse_slots else config.eval_capacity_factor
+        self.has_dense_part = bool(config.num_shared_experts or config.residual_moe)
+        may_drop = (self.capacity_factor, self.eval_capacity_factor) != (None, None) or config.router_type == "gshard"
+        self.experts = Experts(config, self.num_experts, hidden_size, width, allow_empty_slots=may_drop, **ffn)
         if config.num_shared_experts:
             self.shared_experts = DenseFFN(hidden_size, config.num_shared_experts * width, **ffn)
         if config.use_shared_expert_gate:
@@ -110,15 +111,16 @@ class MoELayer(nn.Module):
         token_mask_T = None if record is None else _flat(record.token_mask, x_TD, "token_mask")
         token_ids_T = None if record is None else _flat(record.input_ids, x_TD, "input_ids")
         routing: Routing = self.gate(x_TD, token_mask_T, token_ids_T)
-        capacity = self.config.capacity_factor if self.training else self.config.eval_capacity_factor
-        if capacity is not None and not self.sparse_slots:
+        capacity_factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if capacity_factor is not None:
             shape = record.batch_shape if record is not None and record.batch_shape else hidden_states.shape[:-1]
             policy = self.config.capacity_policy
-            routing = apply_capacity(routing, self.num_experts, capacity, shape, token_mask_T, policy)
+            routing = apply_capacity(routing, self.num_experts, capacity_factor, shape, token_mask_T, policy)
         if record is not None:
             record.add(routing, self.num_experts, self.top_k, token_mask_T)
         y_TD = self._run_experts(x_TD, routing)
-        y_TD = self._add_dense(x_TD, y_TD)
+        if self.has_dense_part:
+            y_TD = self._add_dense(x_TD, y_TD)
         if self.dropout:
             y_TD = F.dropout(y_TD, self.dropout, self.training)
         return y_TD.view(hidden_states.shape)
@@ -138,11 +140,9 @@ class MoELayer(nn.Module):
             if self.config.use_shared_expert_gate:
                 shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
             return y_TD + shared_TD
-        if self.config.residual_moe:
-            precision = torch.promote_types(y_TD.dtype, torch.float32)
-            share_T2 = self.residual_coefficient(x_TD).softmax(dim=-1, dtype=precision).to(y_TD.dtype)
-            return y_TD * share_T2[:, :1] + self.residual_ffn(x_TD) * share_T2[:, 1:]
-        return y_TD
+        precision = torch.promote_types(y_TD.dtype, torch.float32)
+        share_T2 = self.residual_coefficient(x_TD).softmax(dim=-1, dtype=precision).to(y_TD.dtype)
+        return y_TD * share_T2[:, :1] + self.residual_ffn(x_TD) * share_T2[:, 1:]
 
     def _beside(self) -> list[DenseFFN]:
         return [child for child in self.children() if isinstance(child, DenseFFN)]

@@ -9,10 +9,11 @@ sees the same padding and counts nothing twice.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class RoutingRecord:
         keep_logits: whether layers add their router logits.
         measure: whether layers add their sums; off, the record only carries the context in.
         layers: one entry per MoE layer that ran, in order.
+        grad_enabled: whether gradients were on where the forward began.
     """
 
     token_mask: Tensor | None = None
@@ -81,9 +83,11 @@ class RoutingRecord:
     keep_logits: bool = False
     measure: bool = True
     layers: list[LayerRecord] = field(default_factory=list)
+    grad_enabled: bool = field(default_factory=torch.is_grad_enabled)
 
     def add(self, routing: Routing, num_experts: int, top_k: int, token_mask_T: Tensor | None) -> None:
         """Called by a MoE layer with the plan it carried out."""
+        _check_recomputable(self.grad_enabled)
         sums = routing_sums(routing, num_experts, token_mask_T) if self.measure else {}
         logits = routing.logits_TE if self.keep_logits else None
         self.layers.append(LayerRecord(num_experts, top_k, sums, logits))
@@ -134,12 +138,24 @@ def routing_sums(routing: Routing, num_experts: int, token_mask_T: Tensor | None
     return sums
 
 
-_ACTIVE: ContextVar[RoutingRecord | None] = ContextVar("hf_moe_record", default=None)
+class _Active(threading.local):
+    """What is active in this thread (not a `ContextVar`, whose `set` torch.compile cannot trace).
+
+    Attributes:
+        record: the record of the running forward.
+        carried: whether the running checkpoint, if any, will bring the record back for the recompute.
+    """
+
+    record: RoutingRecord | None = None
+    carried: bool = False
+
+
+_ACTIVE = _Active()
 
 
 def current_record() -> RoutingRecord | None:
-    """The record of the forward that is running in this context, if any."""
-    return _ACTIVE.get()
+    """The record of the forward that is running in this thread, if any."""
+    return _ACTIVE.record
 
 
 @contextmanager
@@ -152,30 +168,77 @@ def record_routing(record: RoutingRecord | None = None, **fields: Any) -> Iterat
         >>> loss = task_loss(y) + 0.01 * record.losses()["aux_loss"]
     """
     record = RoutingRecord(**fields) if record is None else record
-    token = _ACTIVE.set(record)
-    try:
+    with _activated(record, carried=False):
         yield record
+
+
+@contextmanager
+def _activated(record: RoutingRecord, carried: bool) -> Iterator[None]:
+    before = _ACTIVE.record, _ACTIVE.carried
+    _ACTIVE.record, _ACTIVE.carried = record, carried
+    try:
+        yield
     finally:
-        _ACTIVE.reset(token)
+        _ACTIVE.record, _ACTIVE.carried = before
 
 
-def checkpoint_with_record(checkpoint: Callable) -> Callable:
-    """Wrap a checkpointing function so that recomputation sees the record of the first run."""
+def checkpoint_with_record(checkpoint: Callable, redraw: bool = True) -> Callable:
+    """Wrap a checkpointing function so that recomputation sees the record of the first run.
+
+    Args:
+        checkpoint: `torch.utils.checkpoint.checkpoint` (not reentrant), a `partial` of it, or a function like it.
+        redraw: whether routers draw random numbers: the recompute then has to draw the same, so a `partial` with
+            `preserve_rng_state=False` is overruled.
+
+    Example:
+        >>> checkpointed = checkpoint_with_record(partial(torch.utils.checkpoint.checkpoint, use_reentrant=False))
+        >>> with record_routing() as record:
+        ...     y = checkpointed(block_with_moe_layer, x)
+    """
+    if isinstance(checkpoint, partial):
+        if checkpoint.keywords.get("use_reentrant"):
+            raise ValueError(_REENTRANT)
+        if redraw and not checkpoint.keywords.get("preserve_rng_state", True):
+            checkpoint = partial(checkpoint, preserve_rng_state=True)
 
     def checkpointed(function: Callable, *args: Any, **kwargs: Any) -> Any:
         record = current_record()
-        if record is None:
+        if record is None or torch.compiler.is_compiling():  # compiled code is recomputed without running Python again
             return checkpoint(function, *args, **kwargs)
         first_run = True
 
         def run(*run_args: Any, **run_kwargs: Any) -> Any:
             nonlocal first_run
-            if first_run:
-                first_run = False
-                return function(*run_args, **run_kwargs)
-            with record_routing(replace(record, layers=[])):
+            seen = record if first_run else replace(record, layers=[])
+            first_run = False
+            with _activated(seen, carried=True):
                 return function(*run_args, **run_kwargs)
 
         return checkpoint(run, *args, **kwargs)
 
     return checkpointed
+
+
+_REENTRANT = (
+    "`use_reentrant=True` would silently lose the gradient of the router losses, which leave the checkpointed layers beside "
+    "their output. Use `use_reentrant=False` (in `Trainer`: `gradient_checkpointing_kwargs={'use_reentrant': False}`)."
+)
+
+
+def _check_recomputable(grad_enabled: bool) -> None:
+    """Refuse a checkpoint around the running layer whose recompute would not see the record.
+
+    Args:
+        grad_enabled: whether gradients were on where the forward began.
+    """
+    if torch.compiler.is_compiling() or not grad_enabled:
+        return
+    if not torch.is_grad_enabled():
+        raise RuntimeError(f"A MoE layer runs in a reentrant activation checkpoint. {_REENTRANT}")
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint" and not _ACTIVE.carried:
+        raise RuntimeError(
+            "A MoE layer runs in an activation checkpoint whose recompute would know nothing of padding, and might route "
+            "other than the forward. Use `model.activation_checkpointing_enable()`, or give your checkpointing function to "
+            "`hf_moe.record.checkpoint_with_record` and use what it returns."
+        )

@@ -21,7 +21,7 @@ from transformers import initialization as init
 
 from .configuration_moe import MoEConfig
 from .losses import loss_free_bias_update, smooth_load
-from .routing import Routing
+from .routing import Routing, top_k_ids
 
 _NO_CONTEXT = nullcontext()
 NOISE_EPSILON = 1e-2  # smallest standard deviation of the gating noise (the paper's reference code)
@@ -96,11 +96,10 @@ class TopKRouter(Router):
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
         logits_TE = F.linear(x_TD, self.weight)
+        ids_TK = top_k_ids(logits_TE, self.top_k)
         if self.renormalise:  # softmax over the kept logits is the renormalised softmax
-            top_TK, ids_TK = logits_TE.topk(self.top_k, dim=-1)
-            return Routing.of(ids_TK, top_TK.softmax(dim=-1), logits_TE)
-        weights_TK, ids_TK = logits_TE.softmax(dim=-1).topk(self.top_k, dim=-1)
-        return Routing.of(ids_TK, weights_TK, logits_TE)
+            return Routing.of(ids_TK, logits_TE.gather(1, ids_TK).softmax(dim=-1), logits_TE)
+        return Routing.of(ids_TK, logits_TE.softmax(dim=-1).gather(1, ids_TK), logits_TE)
 
 
 class NoisyTopKRouter(Router):
@@ -135,8 +134,8 @@ def noisy_top_k(
     """
     std_TE = F.softplus(raw_noise_TE) + NOISE_EPSILON
     noisy_TE = clean_TE if noise_TE is None else clean_TE + std_TE * noise_TE
-    top_TK, ids_TK = noisy_TE.topk(top_k, dim=-1)
-    return ids_TK, top_TK.softmax(dim=-1), smooth_load(clean_TE, noisy_TE, std_TE, top_k)
+    ids_TK = top_k_ids(noisy_TE, top_k)
+    return ids_TK, noisy_TE.gather(-1, ids_TK).softmax(dim=-1), smooth_load(clean_TE, noisy_TE, std_TE, top_k)
 
 
 class GShardRouter(Router):
@@ -144,8 +143,8 @@ class GShardRouter(Router):
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
         logits_TE = F.linear(x_TD, self.weight)
-        top_TK, ids_TK = logits_TE.topk(2, dim=-1)
-        weights_TK = top_TK.softmax(dim=-1)
+        ids_TK = top_k_ids(logits_TE, 2)
+        weights_TK = logits_TE.gather(1, ids_TK).softmax(dim=-1)
         routing = Routing.of(ids_TK, weights_TK, logits_TE)
         if not self.training:
             return routing
@@ -175,7 +174,7 @@ class SigmoidRouter(Router):
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
         logits_TE = F.linear(x_TD, self.weight)
         scores_TE = logits_TE.sigmoid()
-        ids_TK = self._within_groups(scores_TE.detach() + self.e_score_correction_bias).topk(self.top_k, dim=-1).indices
+        ids_TK = top_k_ids(self._within_groups(scores_TE.detach() + self.e_score_correction_bias), self.top_k)
         kept_TK = scores_TE.gather(1, ids_TK)
         weights_TK = kept_TK / (kept_TK.sum(dim=-1, keepdim=True) + 1e-20) * self.scale
         return Routing.of(ids_TK, weights_TK, logits_TE)
@@ -186,7 +185,7 @@ class SigmoidRouter(Router):
             return biased_TE
         groups_TAB = biased_TE.unflatten(-1, (self.num_groups, -1))
         group_score_TA = groups_TAB.topk(min(2, groups_TAB.shape[-1]), dim=-1).values.sum(dim=-1)
-        best_TG = group_score_TA.topk(self.topk_group, dim=-1).indices
+        best_TG = top_k_ids(group_score_TA, self.topk_group)
         allowed_TA = torch.zeros_like(group_score_TA, dtype=torch.bool).scatter(1, best_TG, True)
         return groups_TAB.masked_fill(~allowed_TA.unsqueeze(-1), float("-inf")).flatten(1)
 

