@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -122,12 +122,12 @@ def upcycle_model(
         width = sites[index].intermediate_size
         if config.moe_intermediate_size not in (None, width):
             raise ValueError(
-                f"`moe_intermediate_size`={config.moe_intermediate_size} differs from the width {width} of the dense FFN in layer "
-                f"{index}; `method`='copy' makes experts of the dense width. Leave it at None."
+                f"`moe_intermediate_size`={config.moe_intermediate_size} differs from the width {width} of the dense FFN in "
+                f"layer {index}; `method`='copy' makes experts of the dense width. Leave it at None."
             )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MoEForCausalLM(config).to(dense.dtype)
+        model = MoEForCausalLM(config).to(dtype=dense.dtype)
         _init_routers(model, router_init, router_init_std)
     _copy_other_weights(dense, model, [sites[index] for index in config.moe_layers])
     layers = [model.language_model.get_submodule(sites[index].moe_path) for index in config.moe_layers]
@@ -237,7 +237,9 @@ def _free_destination(destination: str | os.PathLike | None) -> Path | None:
         return None
     path = Path(destination)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"`destination`={os.fspath(destination)!r} exists and is not empty. Remove it, or choose another.")
+        raise FileExistsError(
+            f"`destination`={os.fspath(destination)!r} exists and is not empty. Remove it, or choose another."
+        )
     return path
 
 
@@ -260,8 +262,3 @@ def _save(
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-
-
-def is_dense(model: nn.Module) -> bool:
-    """Whether a model has no MoE layer of ours."""
-    return not any(isinstance(module, MoELayer) for module in model.modules())

@@ -203,9 +203,7 @@ class MoEConfig(PreTrainedConfig):
                    "a positive int, or None for the dense width")  # fmt: skip
         for field in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, field)
-            _check(
-                value is None or (_is_number(value) and value > 0), self, field, "a positive number, or None (dropless)"
-            )
+            _check(value is None or (_is_number(value) and value > 0), self, field, "a positive number, or None (dropless)")
         for field in (*_COEFFICIENTS, "router_bias_update_speed"):
             _check(_is_number(getattr(self, field)) and getattr(self, field) >= 0, self, field, "a number >= 0")
         _check(0 <= self.router_jitter_noise < 1, self, "router_jitter_noise", "a number in [0, 1)")
@@ -293,9 +291,7 @@ class MoEConfig(PreTrainedConfig):
                 f"{router!r}. Leave it at 1."
             )
         if self.router_jitter_noise and router == "hash":
-            raise ValueError(
-                f"`router_jitter_noise`={self.router_jitter_noise}: a hash has no input to jitter. Set it to 0."
-            )
+            raise ValueError(f"`router_jitter_noise`={self.router_jitter_noise}: a hash has no input to jitter. Set it to 0.")
 
     def _validate_groups(self) -> None:
         for experts in self.num_experts_per_layer:

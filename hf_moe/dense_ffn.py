@@ -172,9 +172,10 @@ def _find_ffn(model: nn.Module, layer_path: str, layer: nn.Module, index: int) -
     kinds = "; ".join(", ".join(kind.linears) for kind in FFN_KINDS)
     found = ", ".join(f"{n} {tuple(m.weight.shape)}" for n, m in _linears(layer).items()) or "none"
     raise UnsupportedArchitectureError(
-        f"{type(model).__name__}: no feed-forward block was found in `{layer_path}` ({type(layer).__name__}). Looked for linear "
-        f"layers named {kinds}, beside an activation named {', '.join(ACTIVATIONS)}, in a module called with the hidden states alone. Linear layers found: {found}. If the "
-        "model already is a Mixture-of-Experts, its experts need no replacing."
+        f"{type(model).__name__}: no feed-forward block was found in `{layer_path}` ({type(layer).__name__}). Looked for "
+        f"linear layers named {kinds}, beside an activation named {', '.join(ACTIVATIONS)}, in a module called with the "
+        f"hidden states alone. Linear layers found: {found}. If the model already is a Mixture-of-Experts, its experts need "
+        "no replacing."
     )
 
 

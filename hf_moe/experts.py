@@ -22,6 +22,7 @@ from .configuration_moe import MoEConfig
 class _StackedExperts(nn.Module):
     """The weights and the plain loop; `experts_implementation` other than `"eager"` replaces the loop."""
 
+    config: MoEConfig
     num_experts: int
     has_gate: bool
     has_bias: bool
@@ -30,6 +31,10 @@ class _StackedExperts(nn.Module):
         super().__init__()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What `"eager"` runs; the decorator puts the chosen implementation in its place."""
+        return self.loop(hidden_states, top_k_index, top_k_weights)
+
+    def loop(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`Σ_k top_k_weights[t, k] · expert[top_k_index[t, k]](hidden_states[t])`.
 
         Args:
@@ -98,9 +103,9 @@ class Experts(_StackedExperts):
                 self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(num_experts, rows, dtype=dtype)))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """See `_StackedExperts.forward`; run by the config's `experts_implementation`."""
+        """See `loop` for what is computed; the config's `experts_implementation` says how."""
         if self._needs_loop(hidden_states.dtype):
-            return _StackedExperts.forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
+            return self.loop(hidden_states, top_k_index, top_k_weights)
         return super().forward(hidden_states, top_k_index, top_k_weights)
 
     def _needs_loop(self, dtype: torch.dtype) -> bool:

@@ -63,7 +63,9 @@ class MoELayer(nn.Module):
         if config is not None and config_fields:
             raise ValueError(f"Give `config` or its fields ({', '.join(config_fields)}), not both.")
         if config is None:
-            config = MoEConfig(**({} if num_experts is None else {"num_experts": num_experts}), **config_fields)
+            if num_experts is not None:
+                config_fields["num_experts"] = num_experts
+            config = MoEConfig(**config_fields)
             config._experts_implementation = config._experts_implementation or "grouped_mm"
         self.config = config
         self.hidden_size = hidden_size
@@ -73,7 +75,7 @@ class MoELayer(nn.Module):
         self.sparse_slots = config.router_type in BATCH_ROUTERS  # one slot per expert, most of them empty
         width = config.moe_intermediate_size or intermediate_size or 4 * hidden_size
         act_fn = ACT2FN[hidden_act] if isinstance(hidden_act, str) else hidden_act
-        ffn = {"act_fn": act_fn, "has_gate": has_gate, "has_bias": has_bias, "dtype": dtype}
+        ffn: dict[str, Any] = {"act_fn": act_fn, "has_gate": has_gate, "has_bias": has_bias, "dtype": dtype}
 
         self.gate = ROUTERS[config.router_type](config, hidden_size, self.num_experts)
         # read at every call, so kept here: attributes of a config are slow to read

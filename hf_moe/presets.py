@@ -112,9 +112,7 @@ def _fit_to_experts(fields: dict[str, Any], experts: int, overrides: dict[str, A
     given = {**fields, **overrides}
     if "n_group" in fields and "n_group" not in overrides:
         # at least two experts in a group (a group's score is the sum of its two best), the count a divisor
-        fields["n_group"] = max(
-            g for g in range(1, given["n_group"] + 1) if experts % g == 0 and (g == 1 or experts // g >= 2)
-        )
+        fields["n_group"] = max(g for g in range(1, given["n_group"] + 1) if experts % g == 0 and (g == 1 or experts // g >= 2))
     if "topk_group" in fields and "topk_group" not in overrides:
         most = min(given["topk_group"], overrides.get("n_group", fields["n_group"]))
         top_k = overrides.get("num_experts_per_tok")

@@ -21,7 +21,7 @@ from transformers import initialization as init
 
 from .configuration_moe import MoEConfig
 from .losses import loss_free_bias_update, smooth_load
-from .routing import Routing, top_k_ids
+from .routing import Routing, top_k
 
 _NO_CONTEXT = nullcontext()
 NOISE_EPSILON = 1e-2  # smallest standard deviation of the gating noise (the paper's reference code)
@@ -96,9 +96,9 @@ class TopKRouter(Router):
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
         logits_TE = F.linear(x_TD, self.weight)
-        ids_TK = top_k_ids(logits_TE, self.top_k)
+        top_TK, ids_TK = top_k(logits_TE, self.top_k)
         if self.renormalise:  # softmax over the kept logits is the renormalised softmax
-            return Routing.of(ids_TK, logits_TE.gather(1, ids_TK).softmax(dim=-1), logits_TE)
+            return Routing.of(ids_TK, top_TK.softmax(dim=-1), logits_TE)
         return Routing.of(ids_TK, logits_TE.softmax(dim=-1).gather(1, ids_TK), logits_TE)
 
 
@@ -118,24 +118,22 @@ class NoisyTopKRouter(Router):
         return Routing.of(ids_TK, weights_TK, clean_TE, load=load_TE)
 
 
-def noisy_top_k(
-    clean_TE: Tensor, raw_noise_TE: Tensor, noise_TE: Tensor | None, top_k: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def noisy_top_k(clean_TE: Tensor, raw_noise_TE: Tensor, noise_TE: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy top-k gating and its smooth load (Shazeer 2017, eq. 3-5 and 8-9) over the last dimension.
 
     Args:
         clean_TE: `[..., E]` x W_g.
         raw_noise_TE: `[..., E]` x W_noise; the standard deviation is `softplus(raw) + 1e-2`.
         noise_TE: `[..., E]` standard normal draws, or `None` for no noise (evaluation).
-        top_k: K.
+        k: K.
 
     Returns:
         Expert ids `[..., K]`, gates `[..., K]` (softmax over the K kept), smooth load `[..., E]`.
     """
     std_TE = F.softplus(raw_noise_TE) + NOISE_EPSILON
     noisy_TE = clean_TE if noise_TE is None else clean_TE + std_TE * noise_TE
-    ids_TK = top_k_ids(noisy_TE, top_k)
-    return ids_TK, noisy_TE.gather(-1, ids_TK).softmax(dim=-1), smooth_load(clean_TE, noisy_TE, std_TE, top_k)
+    top_TK, ids_TK = top_k(noisy_TE, k)
+    return ids_TK, top_TK.softmax(dim=-1), smooth_load(clean_TE, noisy_TE, std_TE, k)
 
 
 class GShardRouter(Router):
@@ -143,8 +141,8 @@ class GShardRouter(Router):
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
         logits_TE = F.linear(x_TD, self.weight)
-        ids_TK = top_k_ids(logits_TE, 2)
-        weights_TK = logits_TE.gather(1, ids_TK).softmax(dim=-1)
+        top_TK, ids_TK = top_k(logits_TE, 2)
+        weights_TK = top_TK.softmax(dim=-1)
         routing = Routing.of(ids_TK, weights_TK, logits_TE)
         if not self.training:
             return routing
@@ -174,7 +172,7 @@ class SigmoidRouter(Router):
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
         logits_TE = F.linear(x_TD, self.weight)
         scores_TE = logits_TE.sigmoid()
-        ids_TK = top_k_ids(self._within_groups(scores_TE.detach() + self.e_score_correction_bias), self.top_k)
+        _, ids_TK = top_k(self._within_groups(scores_TE.detach() + self.e_score_correction_bias), self.top_k)
         kept_TK = scores_TE.gather(1, ids_TK)
         weights_TK = kept_TK / (kept_TK.sum(dim=-1, keepdim=True) + 1e-20) * self.scale
         return Routing.of(ids_TK, weights_TK, logits_TE)
@@ -185,7 +183,7 @@ class SigmoidRouter(Router):
             return biased_TE
         groups_TAB = biased_TE.unflatten(-1, (self.num_groups, -1))
         group_score_TA = groups_TAB.topk(min(2, groups_TAB.shape[-1]), dim=-1).values.sum(dim=-1)
-        best_TG = top_k_ids(group_score_TA, self.topk_group)
+        _, best_TG = top_k(group_score_TA, self.topk_group)
         allowed_TA = torch.zeros_like(group_score_TA, dtype=torch.bool).scatter(1, best_TG, True)
         return groups_TAB.masked_fill(~allowed_TA.unsqueeze(-1), float("-inf")).flatten(1)
 
@@ -222,9 +220,7 @@ class HierarchicalRouter(Router):
         raw_TAB = F.linear(x_TD, self.noise_weight).view_as(clean_TAB)
         group_noise_TA = torch.randn_like(groups_TA) if self.training else None
         noise_TAB = torch.randn_like(clean_TAB) if self.training else None
-        group_ids_TG, group_gates_TG, group_load_TA = noisy_top_k(
-            groups_TA, group_raw_TA, group_noise_TA, self.topk_group
-        )
+        group_ids_TG, group_gates_TG, group_load_TA = noisy_top_k(groups_TA, group_raw_TA, group_noise_TA, self.topk_group)
         inner_TAK, gates_TAK, load_TAB = noisy_top_k(clean_TAB, raw_TAB, noise_TAB, self.top_k_in_group)
 
         pick_TGK = group_ids_TG.unsqueeze(-1).expand(-1, -1, self.top_k_in_group)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-
 _SMALLEST_FP32 = 2.0**-149
 _FEW = 512  # scores that are sorted sooner than compared in several steps
 
@@ -52,23 +51,29 @@ class Routing:
         )
 
 
-def top_k_ids(scores: Tensor, top_k: int) -> Tensor:
-    """`[..., K]` indices of the K largest scores, largest first; of equal ones the lower index first.
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest scores and their indices, both `[..., k]`, largest first; of equal ones the lower index first.
 
     `Tensor.topk` leaves the order of equal scores open, and routers that start at zero have nothing but equal ones.
     """
-    scores = scores.detach()
-    if top_k == 1:
-        return scores.argmax(dim=-1, keepdim=True)
     if scores.numel() <= _FEW or scores.dtype == torch.float64:
-        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-    if top_k == 2:
+        values, ids = scores.sort(dim=-1, descending=True, stable=True)
+        return values[..., :k], ids[..., :k]
+    ids = _top_k_ids_of_many(scores.detach(), k)
+    return scores.gather(-1, ids), ids
+
+
+def _top_k_ids_of_many(scores: Tensor, k: int) -> Tensor:
+    """Without sorting whole rows."""
+    if k <= 2:
         first = scores.argmax(dim=-1, keepdim=True)
+        if k == 1:
+            return first
         return torch.cat([first, scores.scatter(-1, first, float("-inf")).argmax(dim=-1, keepdim=True)], dim=-1)
     # In fp64 there is room below the last bit of fp32 to order equal scores by index.
     keys = scores.double()
     index = torch.arange(keys.shape[-1], dtype=keys.dtype, device=keys.device)
-    return torch.addcmul(keys, keys.abs() + _SMALLEST_FP32, index, value=-(2.0**-45)).topk(top_k, dim=-1).indices
+    return torch.addcmul(keys, keys.abs() + _SMALLEST_FP32, index, value=-(2.0**-45)).topk(k, dim=-1).indices
 
 
 def apply_capacity(

@@ -10,12 +10,13 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hf_moe import MoELayer
 
 
-def layer_output(layer: MoELayer, x_BSD: Tensor, mask_BS: Tensor | None, ids_BS: Tensor | None, draws: dict[str, Tensor]) -> Tensor:
+def layer_output(
+    layer: MoELayer, x_BSD: Tensor, mask_BS: Tensor | None, ids_BS: Tensor | None, draws: dict[str, Tensor]
+) -> Tensor:
     """What `layer(x)` should be.
 
     Args:
@@ -186,9 +187,12 @@ def _capacity(layer, plan, mask, batch, length):
             if config.capacity_policy == "position":
                 winners = _in_order(arrivals, tokens, share)
             else:
-                best = {t: max(w.item() for _, w in plan[t]) for t in tokens}
-                rank = (lambda a: -best[a[0]]) if config.capacity_policy == "batch_priority" else (lambda a: -a[1])
-                winners = {t for t, _ in sorted(arrivals, key=rank)[: math.ceil(len(tokens) * share - 1e-9)]}
+                if config.capacity_policy == "batch_priority":
+                    priority = {t: max(w.item() for _, w in plan[t]) for t, _ in arrivals}
+                else:
+                    priority = dict(arrivals)
+                best = sorted(priority, key=priority.__getitem__, reverse=True)
+                winners = set(best[: math.ceil(len(tokens) * share - 1e-9)])
             for t, _ in arrivals:
                 if t not in winners:
                     kept[t] = [(expert, w) for expert, w in kept[t] if expert != e]

@@ -20,7 +20,7 @@ from hf_moe.losses import (
 )
 from hf_moe.record import LayerRecord, RoutingRecord, routing_sums
 from hf_moe.routers import best_tokens_per_expert, noisy_top_k
-from hf_moe.routing import Routing, top_k_ids
+from hf_moe.routing import Routing, top_k
 
 CLEAN = torch.tensor([[1, 0.5, -0.5, 0], [0.2, 0.1, 0, -0.1], [-1, 2, 0.3, 0.4]], dtype=torch.float64)
 RAW_NOISE = torch.tensor([[0, -1, 1, 0.5], [0, 0, 0, 0], [0.5, -0.5, 0.2, -0.2]], dtype=torch.float64)
@@ -43,11 +43,11 @@ def test_golden_noisy_top_k() -> None:
     close(load_loss(sums["load"]), 0.088048)
 
 
-@pytest.mark.parametrize(("top_k", "expected"), [(1, 1.233877), (2, 1.116939)])
-def test_golden_switch_loss(top_k: int, expected: float) -> None:
-    ids = top_k_ids(LOGITS, top_k)  # the second token has two equal logits: the lower index is taken
+@pytest.mark.parametrize(("k", "expected"), [(1, 1.233877), (2, 1.116939)])
+def test_golden_switch_loss(k: int, expected: float) -> None:
+    _, ids = top_k(LOGITS, k)  # the second token has two equal logits: the lower index is taken
     weights = LOGITS.softmax(-1).gather(1, ids)
-    record = LayerRecord(4, top_k, routing_sums(Routing.of(ids, weights, LOGITS), 4))
+    record = LayerRecord(4, k, routing_sums(Routing.of(ids, weights, LOGITS), 4))
     close(record.losses()["aux_loss"], expected)
     close(record.losses()["z_loss"], 5.877707)
 
@@ -153,18 +153,19 @@ def test_per_layer_not_pooled() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.lists(st.lists(st.sampled_from([-2.5, -1.0, -0.0, 0.0, 1e-30, 0.1, 0.3, 7.0]), min_size=6, max_size=6), min_size=1),
-    top_k=st.integers(1, 6),
+    k=st.integers(1, 6),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     copies=st.sampled_from([1, 200]),  # few scores and many go different ways
 )
-def test_top_k_takes_the_lower_of_equal(rows: list[list[float]], top_k: int, dtype: torch.dtype, copies: int) -> None:
+def test_top_k_takes_the_lower_of_equal(rows: list[list[float]], k: int, dtype: torch.dtype, copies: int) -> None:
     rows = rows * copies
-    got = top_k_ids(torch.tensor(rows, dtype=dtype), top_k).tolist()
-    assert got == [sorted(range(6), key=lambda i: -row[i])[:top_k] for row in rows]
+    values, ids = top_k(scores := torch.tensor(rows, dtype=dtype), k)
+    assert ids.tolist() == [sorted(range(6), key=lambda i: -row[i])[:k] for row in rows]
+    assert torch.equal(values, scores.gather(1, ids))
 
 
 def test_top_k_of_neighbouring_floats() -> None:
     """Scores one bit apart are not equal."""
     scores = torch.ones(1000, 3)
     scores[:, 2] = torch.nextafter(scores[:, 2], torch.tensor(2.0))
-    assert top_k_ids(scores, 3).tolist() == [[2, 0, 1]] * 1000
+    assert top_k(scores, 3)[1].tolist() == [[2, 0, 1]] * 1000

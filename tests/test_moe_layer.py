@@ -112,7 +112,9 @@ def test_fp32_equals_fp64(case: str) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "expert_choice" not in c and "priority" not in c and "probability" not in c])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if "expert_choice" not in c and "priority" not in c and "probability" not in c]
+)
 def test_causal(case: str) -> None:
     """No token's output in evaluation depends on later tokens, nor on how many there are."""
     fields, arguments = CASES[case]

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from families import text_config
+from hf_moe.training import ExpertLoadCallback, LossFreeBalancingCallback, demo, plot_expert_load
+from hf_moe.training.data import load_blocks
+from hf_moe.training.finetune import main as finetune_main
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from trainer_cut import NUM_SEQUENCES, collate, sequences
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
@@ -21,9 +24,6 @@ from hf_moe import MoEConfig, MoEForCausalLM, RoutingRecord
 from hf_moe.__main__ import COMMANDS
 from hf_moe.__main__ import main as hf_moe_main
 from hf_moe.routing import Routing
-from hf_moe.training import ExpertLoadCallback, LossFreeBalancingCallback, demo, plot_expert_load
-from hf_moe.training.data import load_blocks
-from hf_moe.training.finetune import main as finetune_main
 
 EXPERTS, TOP_K, LAYERS = 4, 2, 3
 REAL_TOKENS = sum(len(row["input_ids"]) for row in sequences())
@@ -178,8 +178,9 @@ def test_resumed_training_continues_the_file(tmp_path: Path) -> None:
     first = load_rows(tmp_path)
     with (tmp_path / "expert_load.jsonl").open("a") as file:
         file.write('{"step": 2, "exec')  # what a killed process leaves
-    run = trainer(build(), tmp_path, [ExpertLoadCallback()], **options)
-    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    checkpoint = tmp_path / "checkpoint-2"
+    run = trainer(MoEForCausalLM.from_pretrained(checkpoint), tmp_path, [ExpertLoadCallback()], **options)
+    run.train(resume_from_checkpoint=str(checkpoint))
     assert load_rows(tmp_path) == first
     assert [row["step"] for row in training_logs(run) if "moe/load_cv" in row] == [1, 2, 3, 4]
     trainer(build(), tmp_path, [ExpertLoadCallback()], max_steps=1).train()  # afresh: the old rows go
@@ -387,6 +388,19 @@ def test_script_end_to_end(moe_folder: Path, tmp_path: Path, capsys: pytest.Capt
         assert after == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
 
 
+def test_script_resumes(moe_folder: Path, tmp_path: Path) -> None:
+    """Training in two parts ends where training in one does."""
+    options = {"max_steps": "8", "save_strategy": "steps", "save_steps": "4"}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert finetune_main(command(moe_folder, whole, **options)) == 0
+    parts.mkdir()
+    (whole / "checkpoint-4").rename(parts / "checkpoint-4")
+    assert finetune_main(command(moe_folder, parts, **options, resume_from_checkpoint="true")) == 0
+    ends = [json.loads((out / "metrics.json").read_text())["eval_after"]["eval_loss"] for out in (whole, parts)]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
+    assert load_rows(parts) == load_rows(whole)[1:]
+
+
 def test_script_trains_a_dense_model(moe_folder: Path, tmp_path: Path) -> None:
     """The baseline beside a MoE: the same script, without expert load."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -406,6 +420,7 @@ def test_script_trains_a_dense_model(moe_folder: Path, tmp_path: Path) -> None:
         ({"text_field": "body"}, "no string field 'body' in its first line, but ['text']. Name the field with `--text_field`"),
         ({"model": "/no/such/folder"}, "`--model`='/no/such/folder' is not a folder. Give a folder"),
         ({"model": "{folder}/empty"}, "`--model`='{folder}/empty' is a folder without config.json"),
+        ({"resume_from_checkpoint": "true"}, "`--resume_from_checkpoint`='true': no checkpoint there"),
         ({"max_seq_length": "500"}, "`--max_seq_length`=500 is more than the 128 positions"),
         ({"max_seq_length": "128"}, "`--eval_file`='{folder}/heldout.txt' has fewer than 128 tokens"),
     ],
@@ -463,7 +478,7 @@ def test_demo_refuses_a_damaged_model(tmp_path: Path) -> None:
     for name in (demo.GGUF, *(demo.SUMMARIES.format(language) for language in demo.LANGUAGES)):
         (tmp_path / "unpacked" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "unpacked" / name).write_text("damaged")
-    with pytest.raises(demo.DemoError, match="is damaged.*Delete"):
+    with pytest.raises(demo.DemoError, match=r"is damaged.*Delete"):
         demo.fetch(tmp_path)
 
 

@@ -184,7 +184,8 @@ def report(dense: Path, tuned: Path, eval_file: Path, device: str, block_size: i
     print("LM loss on held-out text (nats per token)")
     for name, loss in rows.items():
         print(f"  {name:<12} {loss:.4f}")
-    model = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
+    model.to(device).eval()
     inputs = tokenizer(PROMPT, return_tensors="pt").to(device)
     tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.2)
     print(f"reloaded, it writes:\n  {tokenizer.decode(tokens[0], skip_special_tokens=True)}")
@@ -199,7 +200,8 @@ def held_out_loss(folder: Path, tokenizer: Any, eval_file: Path, device: str, bl
 
     blocks = load_blocks("--eval_file", str(eval_file), tokenizer, block_size)
     ids = torch.tensor(list(blocks["input_ids"]), device=device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(device).eval()
     with torch.no_grad():
         losses = [model(input_ids=part, labels=part).loss * len(part) for part in ids.split(8)]
     return float(sum(losses)) / len(ids)

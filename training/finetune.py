@@ -85,13 +85,15 @@ def prepare(text: TextArguments, arguments: FinetuneArguments) -> Trainer:
     elif arguments.eval_strategy != "no":
         raise ValueError("`--eval_strategy` is given, but there is nothing to evaluate on. Give `--eval_file`.")
     config = _load_config(text)
+    checkpoint = _checkpoint(arguments)
     tokenizer = AutoTokenizer.from_pretrained(text.model)
     with arguments.main_process_first(desc="tokenising"):
         blocks = [_blocks(text, tokenizer, option) for option in ("train_file", "eval_file")]
     set_seed(arguments.seed)  # before the model: a router that the checkpoint lacks is drawn
     is_moe = config.model_type == MoEConfig.model_type
     return Trainer(
-        AutoModelForCausalLM.from_pretrained(text.model, config=config, dtype=text.dtype),
+        # Trainer resumes by `load_state_dict`, which does not know the names of experts on disk: load them here already
+        AutoModelForCausalLM.from_pretrained(checkpoint or text.model, config=config, dtype=text.dtype),
         arguments,
         train_dataset=blocks[0],
         eval_dataset=blocks[1],
@@ -123,6 +125,24 @@ def _load_config(text: TextArguments) -> Any:
     return config
 
 
+def _checkpoint(arguments: FinetuneArguments) -> str | None:
+    """The checkpoint folder to resume from; `--resume_from_checkpoint true` means the newest in the output folder."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    wanted = arguments.resume_from_checkpoint
+    if wanted is None:
+        return None
+    exists = os.path.isdir(arguments.output_dir if wanted.lower() == "true" else wanted)
+    found = None if not exists else get_last_checkpoint(arguments.output_dir) if wanted.lower() == "true" else wanted
+    if found is None:
+        raise ValueError(
+            f"`--resume_from_checkpoint`={wanted!r}: no checkpoint there. Give a checkpoint-N folder, or `true` for the newest "
+            "in `--output_dir`; or leave the option out to start afresh."
+        )
+    arguments.resume_from_checkpoint = found
+    return found
+
+
 def _blocks(text: TextArguments, tokenizer: PreTrainedTokenizerBase, option: str) -> Dataset | None:
     path = getattr(text, option)
     if path is None:
@@ -143,8 +163,7 @@ def finetune(text: TextArguments, trainer: Trainer) -> dict[str, Any]:
     results: dict[str, Any] = asdict(text)
     if trainer.eval_dataset is not None:
         results["eval_before"] = _evaluate(trainer)
-    resume = trainer.args.resume_from_checkpoint
-    results["train"] = trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume).metrics
+    results["train"] = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
     if trainer.eval_dataset is not None:
         results["eval_after"] = _evaluate(trainer)
     results["log_history"] = trainer.state.log_history

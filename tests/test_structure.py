@@ -1,0 +1,83 @@
+"""The plan of the house: who imports whom, and what the Hub closure needs."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# module: what of ours it may import
+CORE = {
+    "presets": set(),
+    "version": set(),
+    "configuration_moe": {"presets"},
+    "losses": set(),
+    "routing": set(),
+    "record": {"losses", "routing"},
+    "routers": {"configuration_moe", "losses", "routing"},
+    "balance": {"record"},
+    "experts": {"configuration_moe"},
+    "dense_ffn": set(),
+    "moe_layer": {"configuration_moe", "experts", "record", "routers", "routing"},
+    "modeling_moe": {"balance", "configuration_moe", "dense_ffn", "moe_layer", "record"},
+}
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(level, module) of every import in a file, wherever it stands."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found.append((node.level, node.module or ""))
+        elif isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+    return found
+
+
+def test_core_imports_downwards() -> None:
+    for module, allowed in CORE.items():
+        ours = {name for level, name in imports(ROOT / "hf_moe" / f"{module}.py") if level}
+        assert ours <= allowed, module
+    files = {path.stem for path in (ROOT / "hf_moe").glob("*.py")}
+    assert files - {"__init__", "__main__"} == set(CORE)
+
+
+def test_hub_closure_is_flat_and_needs_torch_and_transformers_only() -> None:
+    """`save_pretrained` copies siblings imported as `from .name import …` and nothing else."""
+    seen, todo = set(), {"modeling_moe"}
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        path = ROOT / "hf_moe" / f"{module}.py"
+        copied = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+        for level, name in imports(path):
+            assert level <= 1, (module, name)
+            if level:
+                assert name in copied, (module, name)
+            else:
+                package = name.split(".")[0]
+                assert package in {"torch", "transformers"} or package in __import__("sys").stdlib_module_names, (module, name)
+        todo |= copied - seen
+
+
+def test_folders_do_not_import_each_other() -> None:
+    forbidden = {
+        "training": {"conversion"},
+        "conversion": {"training"},
+        "model_cards": {"training", "conversion"},
+        "hf_moe": set(),
+    }
+    forbidden["hf_moe"] = {"training", "conversion", "model_cards"}
+    for folder, others in forbidden.items():
+        for path in (ROOT / folder).glob("*.py"):
+            for level, name in imports(path):
+                parts = name.split(".")
+                assert not (parts[0] == "hf_moe" and set(parts[1:2]) & others), (path.name, name)
+                if folder != "hf_moe":
+                    assert not (level == 0 and parts[0] in others), (path.name, name)
+
+
+def test_nothing_is_left_open() -> None:
+    marks = re.compile("NotImplemented" + "Error|TO" + "DO|FIX" + "ME")
+    for folder in ("hf_moe", "training", "conversion", "model_cards", "benchmarks"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert not marks.search(path.read_text(encoding="utf-8")), path
