@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -127,7 +127,8 @@ def upcycle_model(
             )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MoEForCausalLM(config).to(dtype=dense.dtype)
+        model = MoEForCausalLM(config)
+        nn.Module.to(model, dtype=dense.dtype)
         _init_routers(model, router_init, router_init_std)
     _copy_other_weights(dense, model, [sites[index] for index in config.moe_layers])
     layers = [model.language_model.get_submodule(sites[index].moe_path) for index in config.moe_layers]

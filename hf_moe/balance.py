@@ -93,7 +93,7 @@ class BatchBalance:
         if world > 1:
             others = _of_other_ranks(torch.cat([flat, num_labels.view(1).to(flat)]))
             summed, labels = flat + others[:-1], num_labels + others[-1].to(num_labels)
-        before, continued = self._so_far, 0.0
+        before, continued = self._so_far, torch.zeros_like(num_items)
         if before is not None and before.parameter_version == parameter_version:
             # 1 if this micro-batch belongs to the batch so far, else 0; as a factor, so that no device is waited for
             same_batch = (before.num_items == num_items) & (before.labels + labels <= num_items)

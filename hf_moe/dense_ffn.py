@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -220,5 +219,6 @@ def _required_arguments(module: nn.Module) -> int:
 
 def _shape(linear: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer."""
-    weight: torch.Tensor = linear.weight
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
     return (weight.shape[1], weight.shape[0]) if isinstance(linear, Conv1D) else (weight.shape[0], weight.shape[1])

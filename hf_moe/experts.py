@@ -23,6 +23,8 @@ class _StackedExperts(nn.Module):
     """The weights and the plain loop; `experts_implementation` other than `"eager"` replaces the loop."""
 
     config: MoEConfig
+    act_fn: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]  # given by the decorator
     num_experts: int
     has_gate: bool
     has_bias: bool
