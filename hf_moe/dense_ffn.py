@@ -169,7 +169,7 @@ def _find_ffn(model: nn.Module, layer_path: str, layer: nn.Module, index: int) -
             if site is not None:
                 return site
     kinds = "; ".join(", ".join(kind.linears) for kind in FFN_KINDS)
-    found = ", ".join(f"{n} {tuple(m.weight.shape)}" for n, m in _linears(layer).items()) or "none"
+    found = ", ".join(f"{n} {_shape(m)}" for n, m in _linears(layer).items()) or "none"
     raise UnsupportedArchitectureError(
         f"{type(model).__name__}: no feed-forward block was found in `{layer_path}` ({type(layer).__name__}). Looked for "
         f"linear layers named {kinds}, beside an activation named {', '.join(ACTIVATIONS)}, in a module called with the "
@@ -183,7 +183,7 @@ def _is_attention(name: str) -> bool:
 
 
 def _site(layer_path: str, name: str, module: nn.Module, kind: FFNKind, index: int) -> FFNSite | None:
-    linears = [getattr(module, linear, None) for linear in kind.linears]
+    linears: list[Any] = [getattr(module, linear, None) for linear in kind.linears]
     activation = next((a for a in ACTIVATIONS if callable(getattr(module, a, None))), None)
     if activation is None or not all(isinstance(linear, _LINEAR) for linear in linears):
         return None

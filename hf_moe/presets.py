@@ -109,15 +109,15 @@ def preset_fields(name: str, num_hidden_layers: int, overrides: dict[str, Any]) 
 
 def _fit_to_experts(fields: dict[str, Any], experts: int, overrides: dict[str, Any]) -> None:
     """Reduce groups and K until they fit `experts`; what the user overrides stays as given."""
-    given = {**fields, **overrides}
+    given: dict[str, Any] = {**fields, **overrides}
     if "n_group" in fields and "n_group" not in overrides:
         # at least two experts in a group (a group's score is the sum of its two best), the count a divisor
         fields["n_group"] = max(g for g in range(1, given["n_group"] + 1) if experts % g == 0 and (g == 1 or experts // g >= 2))
     if "topk_group" in fields and "topk_group" not in overrides:
         most = min(given["topk_group"], overrides.get("n_group", fields["n_group"]))
-        top_k = overrides.get("num_experts_per_tok")
-        even = fields["router_type"] == "hierarchical" and isinstance(top_k, int)  # the same K in every chosen group
-        fields["topk_group"] = max(g for g in range(1, most + 1) if not even or top_k % g == 0)
+        # the hierarchical router takes the same number in every group it chooses
+        top_k = overrides.get("num_experts_per_tok") if fields["router_type"] == "hierarchical" else None
+        fields["topk_group"] = max(g for g in range(1, most + 1) if not isinstance(top_k, int) or top_k % g == 0)
     if "num_experts_per_tok" not in overrides:
         groups, chosen = ({**fields, **overrides}.get(k, 1) for k in ("n_group", "topk_group"))
         fields["num_experts_per_tok"] = min(given["num_experts_per_tok"], chosen * (experts // groups), experts)

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,26 +15,29 @@ from trainer_cut import collate, sequences
 
 from hf_moe import MoEConfig, MoEForCausalLM
 
-LINEAR = {"router_aux_loss_coef": 0.0}
-ALL = {"router_aux_loss_coef": 0.01, "router_importance_loss_coef": 0.01, "router_z_loss_coef": 0.001}
+FIELDS = {
+    "none": {"router_aux_loss_coef": 0.0},
+    "all": {"router_aux_loss_coef": 0.01, "router_importance_loss_coef": 0.01, "router_z_loss_coef": 0.001},
+    "micro_batch": {"router_aux_loss_coef": 1.0, "balance_scope": "micro_batch"},
+}
 CUTS = [(1, 2), (1, 8), (2, 1), (2, 2)]  # (ranks, accumulation steps), beside (1, 1)
 
 
-@cache
-def trainer_step(folder: Path, fields: str, ranks: int, accumulation: int) -> dict:
-    out = folder / f"{abs(hash(fields))}_{ranks}_{accumulation}.pt"
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    worker = str(Path(__file__).with_name("trainer_cut.py"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, worker, str(out), fields, str(accumulation)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out)
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cuts")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], dict]:
+    """One optimizer step for each of FIELDS and each cut, by (fields, ranks, accumulation steps)."""
+    folder, results = tmp_path_factory.mktemp("cuts"), {}
+    for ranks in (1, 2):
+        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        cuts = [(name, a) for name in FIELDS for r, a in [(1, 1), *CUTS] if r == ranks]
+        out, jobs = folder / f"{ranks}.pt", json.dumps([(FIELDS[name], accumulation) for name, accumulation in cuts])
+        worker = str(Path(__file__).with_name("trainer_cut.py"))
+        command = [sys.executable, *launcher, worker, str(out), jobs]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results |= {(name, ranks, a): result for (name, a), result in zip(cuts, torch.load(out), strict=True)}
+    return results
 
 
 def difference(got: dict, expected: dict, part: str) -> float:
@@ -48,15 +50,14 @@ def difference(got: dict, expected: dict, part: str) -> float:
 
 
 @pytest.mark.parametrize(("ranks", "accumulation"), CUTS)
-def test_trainer_global_batch(folder: Path, ranks: int, accumulation: int) -> None:
+def test_trainer_global_batch(steps: dict, ranks: int, accumulation: int) -> None:
     """The reported loss is the same for every cut, router losses included; over ranks the gradients are as well.
 
     An accumulation step cannot know the counts of later ones and uses those so far: its router-loss gradient is that of
     another f. What is promised then is the value, the gradient of everything else, and a small difference at the papers'
     coefficients.
     """
-    fields = json.dumps(ALL)
-    expected, got = trainer_step(folder, fields, 1, 1), trainer_step(folder, fields, ranks, accumulation)
+    expected, got = steps["all", 1, 1], steps["all", ranks, accumulation]
     assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     tolerance = 1e-4 if accumulation == 1 else 2e-2  # measured: 9e-3 in 8 steps of 2 short sequences
     assert difference(got, expected, ".gate.") < tolerance
@@ -64,20 +65,18 @@ def test_trainer_global_batch(folder: Path, ranks: int, accumulation: int) -> No
 
 
 @pytest.mark.parametrize(("ranks", "accumulation"), CUTS)
-def test_trainer_without_router_losses(folder: Path, ranks: int, accumulation: int) -> None:
-    fields = json.dumps(LINEAR)
-    expected, got = trainer_step(folder, fields, 1, 1), trainer_step(folder, fields, ranks, accumulation)
+def test_trainer_without_router_losses(steps: dict, ranks: int, accumulation: int) -> None:
+    expected, got = steps["none", 1, 1], steps["none", ranks, accumulation]
     assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert difference(got, expected, ".gate.") < 1e-4
     assert difference(got, expected, ".experts.") < 1e-4
 
 
-@pytest.mark.parametrize(("ranks", "accumulation"), CUTS)
-def test_trainer_micro_batch_does_not_grow(folder: Path, ranks: int, accumulation: int) -> None:
+@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 1), *CUTS])
+def test_trainer_micro_batch_does_not_grow(steps: dict, ranks: int, accumulation: int) -> None:
     """With coefficient 1 the router loss is about 1 for every cut (Transformers' own: 2 to 16)."""
-    fields = json.dumps({"router_aux_loss_coef": 1.0, "balance_scope": "micro_batch"})
-    plain = trainer_step(folder, json.dumps(LINEAR), 1, 1)["loss"]
-    assert 0.95 < trainer_step(folder, fields, ranks, accumulation)["loss"] - plain < 1.3
+    router_loss = steps["micro_batch", ranks, accumulation]["loss"] - steps["none", 1, 1]["loss"]
+    assert 0.95 < router_loss < 1.3
 
 
 def build(scope: str, **fields) -> MoEForCausalLM:

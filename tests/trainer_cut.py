@@ -1,9 +1,11 @@
 """Worker: one optimizer step of the stock `Trainer` on 16 sequences of unequal length, cut as told.
 
-Run by test_batch_cuts.py, alone or under torchrun: `trainer_cut.py OUT.pt CONFIG_JSON ACCUMULATION`.
+Run by test_batch_cuts.py, alone or under torchrun: `trainer_cut.py OUT.pt JOBS`, where JOBS is a JSON list of
+[fields of MoEConfig, accumulation steps].
 """
 
 import json
+import os
 import sys
 import tempfile
 
@@ -46,7 +48,8 @@ class Capture(TrainerCallback):
         self.gradients = {n: p.grad.clone() for n, p in names.items() if ".gate." in n or ".experts." in n}
 
 
-def run(out: str, fields: dict, accumulation: int) -> None:
+def run(fields: dict, accumulation: int) -> dict:
+    """The reported loss and the gradients of router and experts."""
     torch.manual_seed(0)
     # larger weights than the default, so that routing is far from uniform
     config = MoEConfig(text_config=text_config("llama", initializer_range=0.2), num_experts=4, **fields)
@@ -60,10 +63,11 @@ def run(out: str, fields: dict, accumulation: int) -> None:
         args.per_device_train_batch_size = NUM_SEQUENCES // accumulation // args.world_size
         trainer = Trainer(model, args, train_dataset=sequences(), data_collator=collate, callbacks=[capture])
         trainer.train()
-    if args.process_index == 0:
-        loss = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
-        torch.save({"loss": loss, "gradients": capture.gradients}, out)
+    loss = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
+    return {"loss": loss, "gradients": capture.gradients}
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))
+    results = [run(fields, accumulation) for fields, accumulation in json.loads(sys.argv[2])]
+    if int(os.environ.get("RANK", "0")) == 0:
+        torch.save(results, sys.argv[1])

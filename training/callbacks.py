@@ -118,7 +118,7 @@ def _load_file(args: TrainingArguments) -> Path:
 def _keep_rows(path: Path, up_to_step: int) -> None:
     """Drop the rows of an earlier training that this one will write again; at step 0 that is all of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines() if up_to_step and path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if _step_of(line) <= up_to_step]
     new = path.with_name(path.name + ".new")
     new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-moe demo", description=__doc__)
     parser.add_argument("--workdir", default="demo_output", help="where everything is written (default: demo_output)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to train (default: cpu)")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 60 on cpu, 600 on cuda)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 24 on cpu, 600 on cuda)")
     parser.add_argument("--batch-size", type=int, help="sequences per step (default: 4 on cpu, 32 on cuda)")
     parser.add_argument("--seq-length", type=int, default=128, help="tokens per sequence (default: 128)")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="highest learning rate (default: 2e-4)")
@@ -58,7 +58,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     """All steps, one after the other (see the module's text)."""
     started = time.perf_counter()
     on_cpu = arguments.device == "cpu"
-    steps = arguments.steps or (60 if on_cpu else 600)
+    steps = arguments.steps or (24 if on_cpu else 600)
     batch_size = arguments.batch_size or (4 if on_cpu else 32)
     work = Path(arguments.workdir)
     dense, moe, tuned = (work / name for name in ("dense", "moe", "finetuned"))
