@@ -482,5 +482,12 @@ def test_demo_refuses_a_damaged_model(tmp_path: Path) -> None:
         demo.fetch(tmp_path)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_demo_refuses_a_missing_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--device", "cuda", "--workdir", str(tmp_path / "new")]) == 2
+    assert "torch finds no CUDA device. Use `--device cpu`" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 if __name__ == "__main__":
     worker(sys.argv[1])

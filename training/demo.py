@@ -64,6 +64,8 @@ def run_demo(arguments: argparse.Namespace) -> None:
     work = Path(arguments.workdir)
     dense, moe, tuned = (work / name for name in ("dense", "moe", "finetuned"))
 
+    if not on_cpu:
+        _require_cuda()
     _headline("1. Fetch a real model and real text")
     unpacked = fetch(work / "downloads")
     train_file, eval_file = write_texts(unpacked, work, per_language=1500 if on_cpu else None)
@@ -86,6 +88,13 @@ def run_demo(arguments: argparse.Namespace) -> None:
     print(f"({time.perf_counter() - reported:.0f} s)\n")
     _list_files(tuned)
     print(f"total time {(time.perf_counter() - started) / 60:.1f} min, peak memory {_peak_gib():.1f} GiB")
+
+
+def _require_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise DemoError("`--device`='cuda': torch finds no CUDA device. Use `--device cpu`, or a torch built for CUDA.")
 
 
 def fetch(folder: Path) -> Path:
@@ -233,7 +242,8 @@ def _command(*words: object) -> None:
 
 def _list_files(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
-        print(f"  {path.stat().st_size / 2**20:9.2f} MiB  {path}")
+        size = path.stat().st_size
+        print(f"  {size / 2**20:7.1f} MiB  {path}" if size >= 2**20 else f"  {size / 2**10:7.1f} KiB  {path}")
 
 
 def _peak_gib() -> float:
