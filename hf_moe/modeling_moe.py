@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.generic import can_return_tuple
 
 from .balance import BatchBalance
+from .checkpoint_names import checkpoint_conversion, fused_state_dict
 from .configuration_moe import NOISY_ROUTERS, MoEConfig
 from .dense_ffn import UnsupportedArchitectureError, find_ffns
 from .moe_layer import MoELayer
@@ -33,6 +33,9 @@ LOSS_COEFFICIENTS = {
     "z_loss": "router_z_loss_coef",
     "threshold_loss": "router_threshold_loss_coef",
 }
+
+# The dense model has no experts of its own, and refuses an `experts_implementation` that is meant for ours.
+_DENSE = {"experts_implementation": "eager"}
 
 
 @dataclass
@@ -110,6 +113,10 @@ class MoEPreTrainedModel(PreTrainedModel):
                 module._is_hf_initialized = True
         super().initialize_weights()
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module`'s, also with the names that a checkpoint has on disk, which `Trainer` resumes with."""
+        return super().load_state_dict(fused_state_dict(self, state_dict), strict=strict, assign=assign)
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # Transformers looks for the decorator in this file, but it is in experts.py
@@ -163,6 +170,8 @@ class MoEPreTrainedModel(PreTrainedModel):
         tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
         if tokens is None:
             raise ValueError("Neither `input_ids` nor `inputs_embeds` is given. Pass one of them.")
+        if inputs["use_cache"] is None:
+            inputs["use_cache"] = getattr(self.config, "use_cache", None)  # `Trainer` sets it here, not in `text_config`
         batch_shape = (tokens.shape[0], tokens.shape[1])
         record = RoutingRecord(
             token_mask=token_mask(inputs["attention_mask"], batch_shape, inputs["past_key_values"]),
@@ -219,7 +228,7 @@ class MoEModel(MoEPreTrainedModel):
         text_config = config.get_text_config()
         # the name that the decoder has in its causal LM, so that both have the same weight names
         self._decoder_name = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)].base_model_prefix
-        self.language_model = nn.ModuleDict({self._decoder_name: AutoModel.from_config(text_config)})
+        self.language_model = nn.ModuleDict({self._decoder_name: AutoModel.from_config(text_config, **_DENSE)})
         self._replace_ffns()
         self.post_init()
 
@@ -271,8 +280,9 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
-        self.language_model = AutoModelForCausalLM.from_config(config.get_text_config())
+        self.language_model = AutoModelForCausalLM.from_config(config.get_text_config(), **_DENSE)
         self._replace_ffns()
+        self._accepted = _accepted_arguments(self.language_model)
         self._balance = BatchBalance(config.balance_scope)
         self.post_init()
 
@@ -323,10 +333,9 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
     def _call_language_model(self, **inputs: Any) -> Any:
         """The dense causal LM; arguments of a loss that it cannot take are applied here."""
-        accepted = _accepted_arguments(type(self.language_model))
-        if accepted is None:
+        if self._accepted is None:
             return self.language_model(**inputs)
-        given = {name: value for name, value in inputs.items() if name in accepted and name != "labels"}
+        given = {name: value for name, value in inputs.items() if name in self._accepted and name != "labels"}
         outputs = self.language_model(**given)
         if inputs.get("labels") is not None:
             loss_arguments = {k: v for k, v in inputs.items() if k in ("num_items_in_batch", "shift_labels")}
@@ -369,10 +378,9 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         return self.language_model.get_decoder()
 
 
-@functools.cache
-def _accepted_arguments(model_class: type[nn.Module]) -> frozenset[str] | None:
+def _accepted_arguments(model: nn.Module) -> frozenset[str] | None:
     """Argument names of a model's forward, or `None` if it takes any."""
-    parameters = inspect.signature(model_class.forward).parameters.values()
+    parameters = inspect.signature(model.forward).parameters.values()
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else frozenset(p.name for p in parameters)
 
 
@@ -387,32 +395,7 @@ def _router_logits(record: RoutingRecord) -> tuple[Tensor, ...]:
     return tuple(layer.router_logits for layer in record.layers if layer.router_logits is not None)
 
 
-# On disk a checkpoint has the dense model's own names, and one tensor per expert and projection. Experts without a gate
-# have their own name for the up projection, since a name can be converted in one way only.
-_EXPERTS_ON_DISK = {
-    (r"\.experts.*.gate_proj.weight", r"\.experts.*.up_proj.weight"): r"\.experts.gate_up_proj",
-    (r"\.experts.*.gate_proj.bias", r"\.experts.*.up_proj.bias"): r"\.experts.gate_up_proj_bias",
-    (r"\.experts.*.plain_up_proj.weight",): r"\.experts.up_proj",
-    (r"\.experts.*.plain_up_proj.bias",): r"\.experts.up_proj_bias",
-    (r"\.experts.*.down_proj.weight",): r"\.experts.down_proj",
-    (r"\.experts.*.down_proj.bias",): r"\.experts.down_proj_bias",
-}
-
-
-def _checkpoint_conversion() -> list[WeightConverter | WeightRenaming]:
-    prefix = WeightRenaming(r"^(?!language_model\.)(.+)", r"language_model.\1")
-    fused = [
-        WeightConverter(
-            source_patterns=list(sources),
-            target_patterns=target,
-            operations=[MergeModulelist(dim=0), *([Concatenate(dim=1)] if len(sources) > 1 else [])],
-        )
-        for sources, target in _EXPERTS_ON_DISK.items()
-    ]
-    return [prefix, *fused]
-
-
-register_checkpoint_conversion_mapping(MoEConfig.model_type, _checkpoint_conversion(), overwrite=True)
+register_checkpoint_conversion_mapping(MoEConfig.model_type, checkpoint_conversion(), overwrite=True)
 MoEModel.register_for_auto_class("AutoModel")
 MoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 

@@ -17,8 +17,9 @@ CORE = {
     "balance": {"record"},
     "experts": {"configuration_moe"},
     "dense_ffn": set(),
+    "checkpoint_names": set(),
     "moe_layer": {"configuration_moe", "experts", "record", "routers", "routing"},
-    "modeling_moe": {"balance", "configuration_moe", "dense_ffn", "moe_layer", "record"},
+    "modeling_moe": {"balance", "checkpoint_names", "configuration_moe", "dense_ffn", "moe_layer", "record"},
 }
 
 

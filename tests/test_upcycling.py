@@ -96,6 +96,18 @@ def test_report_tells_a_difference() -> None:
     assert "approximate" in str(report)
 
 
+def test_report_tells_rounding_from_a_difference() -> None:
+    """Logits of hundreds differ by more than 1e-5 in fp32, of the dense model as well; in fp64 they do not."""
+    dense = dense_model("llama")
+    dense.lm_head.weight.data *= 1000
+    report = upcycle(dense, num_experts=4).report
+    assert report.max_abs_diff > 1e-5
+    assert report.max_abs_diff_float64 < 1e-9
+    assert report.dense_rounding > 1e-5
+    assert report.exact
+    assert dense.dtype == torch.float32
+
+
 def test_source_is_left_alone() -> None:
     dense = dense_model("llama_tied")
     before = {name: value.clone() for name, value in dense.state_dict().items()}

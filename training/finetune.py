@@ -85,15 +85,14 @@ def prepare(text: TextArguments, arguments: FinetuneArguments) -> Trainer:
     elif arguments.eval_strategy != "no":
         raise ValueError("`--eval_strategy` is given, but there is nothing to evaluate on. Give `--eval_file`.")
     config = _load_config(text)
-    checkpoint = _checkpoint(arguments)
+    _find_checkpoint(arguments)
     tokenizer = AutoTokenizer.from_pretrained(text.model)
     with arguments.main_process_first(desc="tokenising"):
         blocks = [_blocks(text, tokenizer, option) for option in ("train_file", "eval_file")]
     set_seed(arguments.seed)  # before the model: a router that the checkpoint lacks is drawn
     is_moe = config.model_type == MoEConfig.model_type
     return Trainer(
-        # Trainer resumes by `load_state_dict`, which does not know the names of experts on disk: load them here already
-        AutoModelForCausalLM.from_pretrained(checkpoint or text.model, config=config, dtype=text.dtype),
+        AutoModelForCausalLM.from_pretrained(text.model, config=config, dtype=text.dtype),
         arguments,
         train_dataset=blocks[0],
         eval_dataset=blocks[1],
@@ -125,13 +124,13 @@ def _load_config(text: TextArguments) -> Any:
     return config
 
 
-def _checkpoint(arguments: FinetuneArguments) -> str | None:
-    """The checkpoint folder to resume from; `--resume_from_checkpoint true` means the newest in the output folder."""
+def _find_checkpoint(arguments: FinetuneArguments) -> None:
+    """Resolve `--resume_from_checkpoint true` to the newest checkpoint in the output folder, and check that it is there."""
     from transformers.trainer_utils import get_last_checkpoint
 
     wanted = arguments.resume_from_checkpoint
     if wanted is None:
-        return None
+        return
     exists = os.path.isdir(arguments.output_dir if wanted.lower() == "true" else wanted)
     found = None if not exists else get_last_checkpoint(arguments.output_dir) if wanted.lower() == "true" else wanted
     if found is None:
@@ -140,7 +139,6 @@ def _checkpoint(arguments: FinetuneArguments) -> str | None:
             "in `--output_dir`; or leave the option out to start afresh."
         )
     arguments.resume_from_checkpoint = found
-    return found
 
 
 def _blocks(text: TextArguments, tokenizer: PreTrainedTokenizerBase, option: str) -> Dataset | None:
