@@ -131,6 +131,12 @@ class MoEPreTrainedModel(PreTrainedModel):
         """See `PreTrainedModel.resize_token_embeddings`."""
         return self._dense_model().resize_token_embeddings(*args, **kwargs)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """See `PreTrainedModel.save_pretrained`. The code goes along, for `AutoModel` and `AutoModelForCausalLM` alike."""
+        classes = (MoEModel, MoEForCausalLM)
+        self.config.auto_map = {c._auto_class: f"{c.__module__.rpartition('.')[2]}.{c.__name__}" for c in classes}
+        super().save_pretrained(*args, **kwargs)
+
     def _dense_model(self) -> PreTrainedModel:
         return self.language_model
 

@@ -38,6 +38,7 @@ class MoELayer(nn.Module):
         config_fields: fields of `MoEConfig`, where no config is given.
 
     Example:
+        >>> from hf_moe import MoELayer, record_routing
         >>> layer = MoELayer(64, num_experts=8, num_experts_per_tok=2, router_type="noisy_top_k", intermediate_size=128)
         >>> with record_routing() as record:
         ...     y = layer(torch.randn(4, 16, 64))

@@ -163,9 +163,12 @@ def record_routing(record: RoutingRecord | None = None, **fields: Any) -> Iterat
     """Record the MoE layers that run inside the block.
 
     Example:
-        >>> with record_routing(token_mask=attention_mask.bool()) as record:
-        ...     y = moe_layer(x)
-        >>> loss = task_loss(y) + 0.01 * record.losses()["aux_loss"]
+        >>> from hf_moe import MoELayer
+        >>> layer = MoELayer(16, num_experts=4, intermediate_size=32)
+        >>> with record_routing(token_mask=torch.tensor([[True, True, False]])) as record:
+        ...     y = layer(torch.randn(1, 3, 16))
+        >>> record.layers[0].sums["counts"].sum()  # two tokens, two experts each
+        tensor(4.)
     """
     record = RoutingRecord(**fields) if record is None else record
     with _activated(record, carried=False):
@@ -191,9 +194,14 @@ def checkpoint_with_record(checkpoint: Callable, redraw: bool = True) -> Callabl
             `preserve_rng_state=False` is overruled.
 
     Example:
+        >>> from hf_moe import MoELayer
+        >>> layer = MoELayer(16, num_experts=4, intermediate_size=32)
         >>> checkpointed = checkpoint_with_record(partial(torch.utils.checkpoint.checkpoint, use_reentrant=False))
         >>> with record_routing() as record:
-        ...     y = checkpointed(block_with_moe_layer, x)
+        ...     y = checkpointed(layer, torch.randn(1, 3, 16, requires_grad=True))
+        >>> y.sum().backward()
+        >>> len(record.layers)
+        1
     """
     if isinstance(checkpoint, partial):
         if checkpoint.keywords.get("use_reentrant"):
@@ -203,18 +211,17 @@ def checkpoint_with_record(checkpoint: Callable, redraw: bool = True) -> Callabl
 
     def checkpointed(function: Callable, *args: Any, **kwargs: Any) -> Any:
         record = current_record()
-        if record is None or torch.compiler.is_compiling():  # compiled code is recomputed without running Python again
+        if record is None:
             return checkpoint(function, *args, **kwargs)
-        first_run = True
 
-        def run(*run_args: Any, **run_kwargs: Any) -> Any:
-            nonlocal first_run
-            seen = record if first_run else replace(record, layers=[])
-            first_run = False
+        def run(*run_args: Any, **run_kwargs: Any) -> tuple[Any, list[LayerRecord]]:
+            seen = replace(record, layers=[])
             with _activated(seen, carried=True):
-                return function(*run_args, **run_kwargs)
+                return function(*run_args, **run_kwargs), seen.layers
 
-        return checkpoint(run, *args, **kwargs)
+        outputs, layers = checkpoint(run, *args, **kwargs)  # what the recompute returns goes nowhere
+        record.layers.extend(layers)
+        return outputs
 
     return checkpointed
 

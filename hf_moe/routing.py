@@ -70,6 +70,10 @@ def _top_k_ids_of_many(scores: Tensor, k: int) -> Tensor:
         if k == 1:
             return first
         return torch.cat([first, scores.scatter(-1, first, float("-inf")).argmax(dim=-1, keepdim=True)], dim=-1)
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling():  # where asking for a value costs nothing
+        values, ids = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
+        if not (values[..., 1:] == values[..., :-1]).any():
+            return ids[..., :k]
     # In fp64 there is room below the last bit of fp32 to order equal scores by index.
     keys = scores.double()
     index = torch.arange(keys.shape[-1], dtype=keys.dtype, device=keys.device)
