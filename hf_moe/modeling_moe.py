@@ -59,6 +59,7 @@ class MoEPreTrainedModel(PreTrainedModel):
 
     config: MoEConfig
     config_class = MoEConfig
+    language_model: Any  # the dense causal LM, or its decoder by the name that it has there
     base_model_prefix = "language_model"
     supports_gradient_checkpointing = True
     # the dense model checks for itself what it supports
@@ -73,16 +74,16 @@ class MoEPreTrainedModel(PreTrainedModel):
         text_config = config.get_text_config()
         if any(getattr(text_config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
             raise UnsupportedArchitectureError(
-                f"`text_config` of type {text_config.model_type!r} already is a Mixture-of-Experts; give a dense model's config."
+                f"`text_config` of type {text_config.model_type!r} already is a Mixture-of-Experts. Give the config of a dense "
+                "model."
             )
         sites = find_ffns(self.language_model, text_config.num_hidden_layers)
-        self._gate_names: list[str] = []
+        self._keep_in_fp32_modules_strict = []
         for index, num_experts in zip(config.moe_layers, config.num_experts_per_layer, strict=True):
             site = sites[index]
             layer = MoELayer(config=config, num_experts=num_experts, **site.layer_arguments(self.language_model))
             site.replace(self.language_model, layer)
-            self._gate_names.append(f"{site.moe_path}.gate")
-        self._keep_in_fp32_modules_strict = [f"{name}." for name in self._gate_names]
+            self._keep_in_fp32_modules_strict.append(f"{site.moe_path}.gate.")
         self._is_stateful = any(m._is_stateful for m in self.language_model.modules() if isinstance(m, PreTrainedModel))
         self._routing_listeners: list[Callable[[RoutingRecord], None]] = []
 
@@ -110,7 +111,7 @@ class MoEPreTrainedModel(PreTrainedModel):
             if layer in parts:
                 layer.reset_parameters(std)
             for module in parts:
-                module._is_hf_initialized = True
+                module._is_hf_initialized = True  # type: ignore[assignment]
         super().initialize_weights()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -141,20 +142,21 @@ class MoEPreTrainedModel(PreTrainedModel):
         return self.language_model
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
     ) -> None:
         if isinstance(gradient_checkpointing_func, functools.partial):
             gradient_checkpointing_func.keywords.setdefault("use_reentrant", False)  # torch's default is True
         wrapped = checkpoint_with_record(gradient_checkpointing_func, self._routers_draw)
-        super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=wrapped, **kwargs)
+        super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=wrapped, every_n_layers=every_n_layers)
 
     def _adopt_checkpoint_wrappers(self) -> None:
         """Make torch's `CheckpointWrapper`s (FSDP's activation checkpointing) bring the record back for the recompute."""
         for module in self.modules():
             checkpoint_fn = vars(module).get("checkpoint_fn")
             if checkpoint_fn is not None and not getattr(checkpoint_fn, "carries_record", False):
-                module.checkpoint_fn = checkpoint_with_record(checkpoint_fn, self._routers_draw)
-                module.checkpoint_fn.carries_record = True
+                checkpoint_fn = checkpoint_with_record(checkpoint_fn, self._routers_draw)
+                checkpoint_fn.carries_record = True  # type: ignore[attr-defined]
+                vars(module)["checkpoint_fn"] = checkpoint_fn
 
     @property
     def _routers_draw(self) -> bool:
@@ -233,7 +235,8 @@ class MoEModel(MoEPreTrainedModel):
         super().__init__(config)
         text_config = config.get_text_config()
         # the name that the decoder has in its causal LM, so that both have the same weight names
-        self._decoder_name = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)].base_model_prefix
+        causal_lm_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
+        self._decoder_name = causal_lm_class.base_model_prefix
         self.language_model = nn.ModuleDict({self._decoder_name: AutoModel.from_config(text_config, **_DENSE)})
         self._replace_ffns()
         self.post_init()
@@ -259,9 +262,7 @@ class MoEModel(MoEPreTrainedModel):
             "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
             "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs,
         }  # fmt: skip
-        outputs, record = self._run(
-            self._dense_model(), self.training and bool(self._routing_listeners), keep_logits, inputs
-        )
+        outputs, record = self._run(self._dense_model(), self.training and bool(self._routing_listeners), keep_logits, inputs)
         return MoeModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),
@@ -397,7 +398,7 @@ def _count_labels(inputs: dict[str, Any]) -> Tensor:
     return labels.ne(-100).sum()
 
 
-def _router_logits(record: RoutingRecord) -> tuple[Tensor, ...]:
+def _router_logits(record: RoutingRecord) -> Any:
     return tuple(layer.router_logits for layer in record.layers if layer.router_logits is not None)
 
 

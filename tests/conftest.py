@@ -6,8 +6,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+import torch
+from transformers.utils import logging
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()

@@ -58,14 +58,24 @@ def test_gradient_checkpointing() -> None:
 
 
 def test_inductor() -> None:
-    """Real kernels: logits, loss and router losses."""
-    model = one_layer(router_z_loss_coef=0.1)
+    """Real kernels, in training."""
+    model = one_layer(router_z_loss_coef=0.1).train()
     batch = padded_batch()
-    found = torch.compile(model)(**batch)
-    expected = model(**batch)
+    found = {}
+    for name, run in {"plain": model, "compiled": torch.compile(model)}.items():
+        model.zero_grad()
+        outputs = run(**batch)
+        outputs.loss.backward()
+        found[name] = outputs, gradients(model)
+    (outputs, got), (expected, wanted) = found["compiled"], found["plain"]
     for name in ("logits", "loss", "aux_loss", "z_loss", "importance_loss"):
         # fused kernels round otherwise
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(outputs[name], expected[name], rtol=1e-5, atol=1e-5)
+    assert {name for name in wanted if "experts" in name or "lm_head" in name} <= {
+        name for name in wanted if torch.allclose(got[name], wanted[name], rtol=1e-5, atol=1e-6)
+    }
+    if largest_difference(got, wanted) > 1e-5:
+        pytest.xfail("torch 2.13, Inductor on CPU: the scatter in the backward of a top-k is run after it is read")
 
 
 def test_compiled_generation() -> None:

@@ -38,7 +38,9 @@ def losses(run: Trainer) -> list[float]:
     return [row["loss"] for row in run.state.log_history if "loss" in row]
 
 
-@pytest.mark.parametrize("fields", [{"router_z_loss_coef": 0.01}, {"router_type": "noisy_top_k", "capacity_factor": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"router_z_loss_coef": 0.01}, {"router_type": "noisy_top_k", "capacity_factor": 1.0}], ids=str
+)
 def test_resume(fields: dict, tmp_path: Path) -> None:
     """With gradient checkpointing: a run that is resumed from its checkpoint goes on as if it had not stopped."""
     arguments = {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "max_steps": 4, "save_strategy": "steps",

@@ -46,14 +46,18 @@ def token_ids(batch: int = 2, length: int = 10, seed: int = 0) -> Tensor:
     return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def padded_batch(side: str = "right", lengths: tuple[int, ...] = (12, 8, 5), seed: int = 0, extra: int = 0) -> dict[str, Tensor]:
+def padded_batch(
+    side: str = "right", lengths: tuple[int, ...] = (12, 8, 5), seed: int = 0, extra: int = 0
+) -> dict[str, Tensor]:
     """A batch of sequences of these lengths, padded to the longest and `extra` columns more.
 
     The first token of a sequence has no label: its logits are those of padding where padding is on the left.
     """
     width = max(lengths) + extra
     tokens = token_ids(len(lengths), max(lengths), seed)
-    batch = {name: torch.zeros(len(lengths), width, dtype=torch.long) for name in ("input_ids", "attention_mask", "position_ids")}
+    batch = {
+        name: torch.zeros(len(lengths), width, dtype=torch.long) for name in ("input_ids", "attention_mask", "position_ids")
+    }
     batch["labels"] = torch.full((len(lengths), width), -100)
     for row, length in enumerate(lengths):
         columns = slice(0, length) if side == "right" else slice(width - length, width)
