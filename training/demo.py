@@ -72,6 +72,8 @@ def run_demo(arguments: argparse.Namespace) -> None:
     if not dense.exists():
         convert_gguf(unpacked / GGUF, dense)
     print(f"({time.perf_counter() - started:.0f} s)")
+    for earlier in (moe, tuned):  # of a demo that was run before
+        shutil.rmtree(earlier, ignore_errors=True)
     _headline("2. Upcycle: 4 experts in every third layer, each a copy of the dense FFN")
     _command("upcycle", dense, moe, "--num-experts", 4, "--num-experts-per-tok", 2, "--decoder-sparse-step", 3)
     _headline("3. Fine-tune")
@@ -87,6 +89,9 @@ def run_demo(arguments: argparse.Namespace) -> None:
     report(dense, tuned, eval_file, arguments.device, arguments.seq_length)
     print(f"({time.perf_counter() - reported:.0f} s)\n")
     _list_files(tuned)
+    from .finetune import METRICS_FILE, PICTURE_FILE
+
+    print(f"\ncheckpoint {tuned}, metrics {tuned / METRICS_FILE}, picture of expert load over steps {tuned / PICTURE_FILE}")
     print(f"total time {(time.perf_counter() - started) / 60:.1f} min, peak memory {_peak_gib():.1f} GiB")
 
 
