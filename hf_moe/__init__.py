@@ -6,7 +6,7 @@ from .configuration_moe import PRESETS, MoEConfig
 from .dense_ffn import UnsupportedArchitectureError
 from .modeling_moe import MoECausalLMOutputWithPast, MoEForCausalLM, MoEModel
 from .moe_layer import MoELayer
-from .record import RoutingRecord, record_routing
+from .record import RoutingRecord, checkpoint_with_record, record_routing
 from .routing import Routing
 from .version import __version__
 
@@ -25,5 +25,6 @@ __all__ = [
     "RoutingRecord",
     "UnsupportedArchitectureError",
     "__version__",
+    "checkpoint_with_record",
     "record_routing",
 ]

@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .balance import BatchBalance
 from .checkpoint_names import checkpoint_conversion, fused_state_dict
-from .configuration_moe import NOISY_ROUTERS, MoEConfig
+from .configuration_moe import BATCH_ROUTERS, NOISY_ROUTERS, MoEConfig
 from .dense_ffn import UnsupportedArchitectureError, find_ffns
 from .moe_layer import MoELayer
 from .record import RoutingRecord, checkpoint_with_record, record_routing
@@ -163,6 +163,11 @@ class MoEPreTrainedModel(PreTrainedModel):
         """Whether routers draw random numbers in training."""
         return self.config.router_type in (*NOISY_ROUTERS, "gshard") or self.config.router_jitter_noise > 0
 
+    @property
+    def _routing_depends_on_padding(self) -> bool:
+        capacity = self.config.capacity_factor if self.training else self.config.eval_capacity_factor
+        return capacity is not None or self.config.router_type in BATCH_ROUTERS
+
     # ------------------------------------------------------------------ one forward
 
     def _run(
@@ -181,8 +186,11 @@ class MoEPreTrainedModel(PreTrainedModel):
         if inputs["use_cache"] is None:
             inputs["use_cache"] = getattr(self.config, "use_cache", None)  # `Trainer` sets it here, not in `text_config`
         batch_shape = (tokens.shape[0], tokens.shape[1])
+        mask = None
+        if measure or self._routing_depends_on_padding:  # else, in decoding, nothing would read it
+            mask = token_mask(inputs["attention_mask"], batch_shape, inputs["past_key_values"])
         record = RoutingRecord(
-            token_mask=token_mask(inputs["attention_mask"], batch_shape, inputs["past_key_values"]),
+            token_mask=mask,
             input_ids=inputs["input_ids"],
             batch_shape=batch_shape,
             keep_logits=keep_logits,
@@ -222,8 +230,12 @@ def token_mask(attention_mask: Any, batch_shape: tuple[int, int], past_key_value
     allowed = attention_mask[:, 0]
     if allowed.is_floating_point():
         allowed = allowed > torch.finfo(allowed.dtype).min / 2
-    own = allowed.bool().diagonal(offset=int(past), dim1=1, dim2=2)
-    return own.expand(batch, -1) if own.shape[1] == length else None
+    allowed = allowed.bool().expand(batch, -1, -1)
+    if isinstance(past, Tensor):  # a static cache counts on the device; asking for the number would wait for it
+        own_S = past + torch.arange(length, device=past.device)
+        return allowed.gather(2, own_S.to(allowed.device).view(1, -1, 1).expand(batch, -1, -1)).squeeze(2)
+    own = allowed.diagonal(offset=past, dim1=1, dim2=2)
+    return own if own.shape[1] == length else None
 
 
 class MoEModel(MoEPreTrainedModel):

@@ -56,6 +56,11 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     `Tensor.topk` leaves the order of equal scores open, and routers that start at zero have nothing but equal ones.
     """
+    if torch.compiler.is_compiling() and scores.device.type == "cpu":
+        # Inductor on CPU (torch 2.13) loses the scatter that the backward of a gather or a sort is; a product has none.
+        ids = _top_k_ids_of_many(scores.detach(), k)
+        chosen = torch.nn.functional.one_hot(ids, scores.shape[-1]).to(scores.dtype)
+        return (scores.unsqueeze(-2) * chosen).sum(dim=-1), ids
     if scores.numel() <= _FEW or scores.dtype == torch.float64:
         values, ids = scores.sort(dim=-1, descending=True, stable=True)
         return values[..., :k], ids[..., :k]

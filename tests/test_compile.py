@@ -71,17 +71,17 @@ def test_inductor() -> None:
     for name in ("logits", "loss", "aux_loss", "z_loss", "importance_loss"):
         # fused kernels round otherwise
         torch.testing.assert_close(outputs[name], expected[name], rtol=1e-5, atol=1e-5)
-    assert {name for name in wanted if "experts" in name or "lm_head" in name} <= {
-        name for name in wanted if torch.allclose(got[name], wanted[name], rtol=1e-5, atol=1e-6)
-    }
-    if largest_difference(got, wanted) > 1e-5:
-        pytest.xfail("torch 2.13, Inductor on CPU: the scatter in the backward of a top-k is run after it is read")
+    assert largest_difference(got, wanted) <= 1e-5
 
 
-def test_compiled_generation() -> None:
-    """A static cache, as `generate` compiles it on a GPU."""
-    model, ids = one_layer(), token_ids()
-    arguments = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static", "eos_token_id": None}
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_compiled_generation(family: str) -> None:
+    """A static cache, as `generate` compiles it on a GPU: one graph for the prompt, one for all new tokens."""
+    model, ids = tiny(family, text={"num_hidden_layers": 2}), token_ids()
+    ids[1, :4] = 0
+    arguments = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static", "eos_token_id": None}
+    arguments["attention_mask"] = (ids != 0).long()
     expected = model.generate(ids, **arguments)
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
-    assert torch.equal(model.generate(ids, **arguments), expected)
+    with torch._dynamo.config.patch(recompile_limit=4):
+        assert torch.equal(model.generate(ids, **arguments), expected)

@@ -1,12 +1,17 @@
 """Padding, 4-D masks and packed sequences: the same outputs and the same statistics however a batch is laid out."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
-from tiny import ALL_LOSSES, counts, padded_batch, recorded, tiny, token_ids
+from tiny import ALL_LOSSES, counts, padded_batch, recorded, tiny
 from torch import Tensor
+from transformers import StaticCache
 
-from hf_moe import MoECausalLMOutputWithPast, MoEForCausalLM
+from hf_moe import MoECausalLMOutputWithPast, MoEForCausalLM, RoutingRecord
 from hf_moe.modeling_moe import LOSS_COEFFICIENTS
+from hf_moe.record import current_record
 
 # Kernels sum over other shapes when there is more padding, in another order.
 ROUNDING = 5e-6
@@ -57,7 +62,7 @@ def more_rows(side: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("change", [more_columns, more_rows])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("fields", FIELDS)
-def test_padding_changes_nothing(fields: str, side: str, change, training: bool) -> None:
+def test_padding_changes_nothing(fields: str, side: str, change: Callable, training: bool) -> None:
     if training and fields in NOISY:
         pytest.skip("other shapes draw other noise")
     model = tiny(**FIELDS[fields]).train(training)
@@ -150,15 +155,28 @@ def test_eager_equals_sdpa(family: str) -> None:
     assert_same(found["eager"], found["sdpa"], real, real, ROUNDING)
 
 
-@pytest.mark.parametrize("kind", ["2d", "additive"])
+@pytest.mark.parametrize("kind", ["2d", "additive", "static"])
 def test_masks_with_a_cache(kind: str) -> None:
-    """A cached forward takes its tokens' part of the mask: padding in the past does not shift it."""
+    """A cached forward takes its own tokens' part of the mask: statistics are those of the real ones among them."""
     model = tiny(router_type="expert_choice", allow_non_causal=True)
-    batch = padded_batch("left")
-    past = model(input_ids=batch["input_ids"][:, :9], attention_mask=batch["attention_mask"][:, :9], use_cache=True)
-    mask = batch["attention_mask"] if kind == "2d" else additive(block_diagonal(batch)[:, :, 9:])
-    after = {"input_ids": token_ids(3, 3), "attention_mask": mask, "output_router_logits": True}
-    positions = batch["position_ids"][:, 9:]
-    outputs = model(**after, position_ids=positions, past_key_values=past.past_key_values)
-    assert [logits.shape for logits in outputs.router_logits] == [(9, 4)] * 3
-    assert outputs.aux_loss is not None
+    batch = padded_batch("left", lengths=(12, 9, 2))
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=16) if kind == "static" else None
+    before = {name: value[:, :9] for name, value in batch.items() if name != "labels"}
+    past = model(**before, past_key_values=cache, use_cache=True).past_key_values
+    mask = {"2d": batch["attention_mask"], "additive": additive(block_diagonal(batch)[:, :, 9:])}.get(kind)
+    if mask is None:  # up to the length of the cache
+        mask = torch.nn.functional.pad(block_diagonal(batch)[:, :, 9:], (0, 4))
+    after = {"input_ids": batch["input_ids"][:, 9:], "position_ids": batch["position_ids"][:, 9:]}
+    with record_of(model) as records:
+        model(**after, attention_mask=mask, past_key_values=past, output_router_logits=True)
+    assert [layer.sums["tokens"].item() for layer in records[0].layers] == [3 + 3 + 2] * 3
+
+
+@contextmanager
+def record_of(model: MoEForCausalLM) -> Iterator[list[RoutingRecord]]:
+    """Records of forwards in evaluation, which listeners do not get."""
+    records: list[RoutingRecord] = []
+    hooks = [layer.register_forward_hook(lambda *_: records.append(current_record())) for layer in model.moe_layers]
+    yield records
+    for hook in hooks:
+        hook.remove()
