@@ -23,7 +23,7 @@ from .checkpoint_names import checkpoint_conversion, fused_state_dict
 from .configuration_moe import BATCH_ROUTERS, NOISY_ROUTERS, MoEConfig
 from .dense_ffn import UnsupportedArchitectureError, find_ffns
 from .moe_layer import MoELayer
-from .record import RoutingRecord, checkpoint_with_record, record_routing
+from .record import RoutingRecord, checkpoint_with_record, record_routing, token_mask
 
 # A loss's name in outputs, and the field with its coefficient.
 LOSS_COEFFICIENTS = {
@@ -202,40 +202,6 @@ class MoEPreTrainedModel(PreTrainedModel):
             for listener in self._routing_listeners:
                 listener(record)
         return outputs, record
-
-
-def token_mask(attention_mask: Any, batch_shape: tuple[int, int], past_key_values: Cache | None) -> Tensor | None:
-    """Which of this forward's tokens are real, from any attention mask that Transformers' models take.
-
-    A token is real if it may attend to itself: in a 2-D mask its own column is set, in a 4-D mask its own diagonal entry.
-
-    Args:
-        attention_mask: `None`, `[B, past + S]`, `[B, H, S, past + S]` (bool or additive), or a dict of those by layer type.
-        batch_shape: (B, S).
-        past_key_values: the cache, whose length is the past.
-
-    Returns:
-        `[B, S]` bool, or `None` where nothing is masked or the mask does not tell (flex attention's block masks).
-    """
-    if isinstance(attention_mask, dict):
-        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
-    if not isinstance(attention_mask, Tensor):
-        return None
-    batch, length = batch_shape
-    if attention_mask.dim() == 2:
-        return attention_mask[:, -length:].bool() if attention_mask.shape[1] >= length else None
-    if attention_mask.dim() != 4:
-        return None
-    past = past_key_values.get_seq_length() if past_key_values is not None else attention_mask.shape[3] - length
-    allowed = attention_mask[:, 0]
-    if allowed.is_floating_point():
-        allowed = allowed > torch.finfo(allowed.dtype).min / 2
-    allowed = allowed.bool().expand(batch, -1, -1)
-    if isinstance(past, Tensor):  # a static cache counts on the device; asking for the number would wait for it
-        own_S = past + torch.arange(length, device=past.device)
-        return allowed.gather(2, own_S.to(allowed.device).view(1, -1, 1).expand(batch, -1, -1)).squeeze(2)
-    own = allowed.diagonal(offset=past, dim1=1, dim2=2)
-    return own if own.shape[1] == length else None
 
 
 class MoEModel(MoEPreTrainedModel):
