@@ -5,8 +5,8 @@ same machine. Prints medians and the ratio ours / Mixtral's of every cell; exits
 shape has Mixtral's proportions (expert width 3.5 times the hidden size). In bf16 our router costs more, since it computes in
 fp32: with narrow experts (`--width 512`, 64 experts, top-1) that is 5 to 15 % of the layer on a CPU with bf16 matrix units.
 
-    python benchmarks/layer.py --quick          # a few cells
-    python benchmarks/layer.py --json out.json  # the whole grid
+    python benchmarks/layer.py --experts 8 --tokens 1 512  # a part of the grid
+    python benchmarks/layer.py --json out.json             # all of it, about 15 minutes on one free core
 """
 
 from __future__ import annotations
@@ -115,12 +115,13 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0, help="per cell")
-    parser.add_argument("--quick", action="store_true", help="fp32 and bf16, 8 experts, top-2, the shortest and longest")
+    for axis, values in GRID.items():
+        option = f"--{axis.replace('_', '-')}"
+        parser.add_argument(option, nargs="+", type=type(values[0]), default=values, help=f"default: {values}")
     parser.add_argument("--json", help="write the rows here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    grid = {**GRID, "experts": [8], "top_k": [2], "tokens": [1, 512]} if args.quick else GRID
-    cells = list(itertools.product(*grid.values(), [False, True]))
+    cells = list(itertools.product(*(getattr(args, axis) for axis in GRID), [False, True]))
     rows = []
     for cell in tqdm(cells, unit="cell"):
         row = measure(args, *cell)
