@@ -6,7 +6,7 @@ shape has Mixtral's proportions (expert width 3.5 times the hidden size). In bf1
 fp32: with narrow experts (`--width 512`, 64 experts, top-1) that is 5 to 15 % of the layer on a CPU with bf16 matrix units.
 
     python benchmarks/layer.py --experts 8 --tokens 1 512  # a part of the grid
-    python benchmarks/layer.py --json out.json             # all of it, about 15 minutes on one free core
+    python benchmarks/layer.py --json out.json             # all of it, about half an hour on one free core
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def interleaved(calls: list[Callable[[], None]], seconds: float, device: str) ->
     for call in calls * (0 if slow else 2):
         call()
     begin, rounds = time.perf_counter(), 0
-    while rounds < (5 if slow else 9) or time.perf_counter() - begin < seconds:
+    while rounds < 9 or time.perf_counter() - begin < seconds:
         order = range(len(calls)) if rounds % 2 == 0 else reversed(range(len(calls)))
         for i in order:
             synchronize()
@@ -114,7 +114,7 @@ def main() -> int:
     parser.add_argument("--experts-implementation", default="grouped_mm")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=2.0, help="per cell")
+    parser.add_argument("--seconds", type=float, default=5.0, help="least time per cell; the shorter, the noisier")
     for axis, values in GRID.items():
         option = f"--{axis.replace('_', '-')}"
         parser.add_argument(option, nargs="+", type=type(values[0]), default=values, help=f"default: {values}")
