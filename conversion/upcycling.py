@@ -198,14 +198,8 @@ def _init_routers(model: MoEForCausalLM, how: RouterInit, std: float | None) -> 
 
 def _copy_other_weights(dense: PreTrainedModel, model: MoEForCausalLM, replaced: list[FFNSite]) -> None:
     """Everything that is not a replaced FFN: same names, same values."""
-    state = dense.state_dict()
-    skip = tuple(
-        f"{site.path}.{name}."
-        for site in replaced
-        for name in ((*site.kind.linears, site.activation) if site.inline else ("",))
-    )
-    skip = tuple(prefix.replace("..", ".") for prefix in skip)
-    kept = {name: value for name, value in state.items() if not name.startswith(skip)}
+    replaced_weights = tuple(prefix for site in replaced for prefix in site.weight_prefixes)
+    kept = {name: value for name, value in dense.state_dict().items() if not name.startswith(replaced_weights)}
     missing, unexpected = model.language_model.load_state_dict(kept, strict=False)
     moe_paths = tuple(f"{site.moe_path}." for site in replaced)
     missing = [name for name in missing if not name.startswith(moe_paths)]

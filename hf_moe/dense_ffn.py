@@ -85,6 +85,13 @@ class FFNSite:
         """Dotted name of the module that takes the FFN's place."""
         return f"{self.path}.{self.kind.up}" if self.inline else self.path
 
+    @property
+    def weight_prefixes(self) -> tuple[str, ...]:
+        """What the names of the FFN's own weights begin with."""
+        if not self.inline:
+            return (f"{self.path}.",)
+        return tuple(f"{self.path}.{name}." for name in (*self.kind.linears, self.activation))
+
     def module(self, model: nn.Module) -> nn.Module:
         """The FFN (or the decoder layer that it is part of)."""
         return model.get_submodule(self.path)
