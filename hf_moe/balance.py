@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .record import LayerRecord, layer_losses, mean_by_name
+from .record import LayerRecord, layer_losses, stack_by_name
 
 
 @dataclass
@@ -36,7 +36,7 @@ class _BatchSoFar:
     labels: Tensor
     num_items: Tensor
     parameter_version: int
-    terms: dict[str, Tensor] = field(default_factory=dict)  # q_{m-1} · A(S_1 + … + S_{m-1}), by name
+    terms: dict[str, Tensor] = field(default_factory=dict)  # q_{m-1} · A(S_1 + … + S_{m-1}), `[L]` by name
 
 
 class BatchBalance:
@@ -66,13 +66,14 @@ class BatchBalance:
             parameter_version: changes with every optimizer step, so that a step that was cut short is not continued.
 
         Returns:
-            Terms by name with gradient, and the losses by name as values (of the global batch so far in that scope).
+            Terms by name with gradient, and the losses by name as values (of the global batch so far in that scope); both
+            `[L]`, one per layer. What counts is their mean.
         """
         if num_items_in_batch is None or num_labels is None:
             return self._single(layers)
         num_items = torch.as_tensor(num_items_in_batch, device=num_labels.device).float().flatten()[0]
         if self.scope == "micro_batch":
-            losses = mean_by_name([layer_losses(layer.sums, layer.top_k) for layer in layers])
+            losses = stack_by_name([layer_losses(layer.sums, layer.top_k) for layer in layers])
             share = num_labels / num_items
             return {name: share * loss for name, loss in losses.items()}, _detached(losses)
         return self._global(layers, num_labels.float(), num_items, parameter_version)
@@ -129,14 +130,14 @@ def _flatten(layers: list[LayerRecord]) -> Tensor:
 
 
 def _losses(flat: Tensor, layers: list[LayerRecord]) -> dict[str, Tensor]:
-    """Losses by name, averaged over layers, from what `_flatten` made."""
+    """Losses by name, `[L]`, from what `_flatten` made."""
     sizes = [value.numel() for layer in layers for value in layer.sums.values()]
     parts = iter(flat.split(sizes))
     per_layer = []
     for layer in layers:
         sums = {name: next(parts).view(value.shape) for name, value in layer.sums.items()}
         per_layer.append(layer_losses(sums, layer.top_k))
-    return mean_by_name(per_layer)
+    return stack_by_name(per_layer)
 
 
 def _detached(losses: dict[str, Tensor]) -> dict[str, Tensor]:

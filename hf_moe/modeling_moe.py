@@ -55,6 +55,15 @@ class MoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     threshold_loss: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Listener:
+    """See `MoEPreTrainedModel.add_routing_listener`."""
+
+    call: Callable[[RoutingRecord], None]
+    in_eval: bool
+    keep_routing: bool
+
+
 class MoEPreTrainedModel(PreTrainedModel):
     """What `MoEModel` and `MoEForCausalLM` share: the dense model `language_model`, and its FFNs replaced."""
 
@@ -93,20 +102,45 @@ class MoEPreTrainedModel(PreTrainedModel):
             site.replace(self.language_model, layer)
             self._keep_in_fp32_modules_strict.append(f"{site.moe_path}.gate.")
         self._is_stateful = any(m._is_stateful for m in self.language_model.modules() if isinstance(m, PreTrainedModel))
-        self._routing_listeners: list[Callable[[RoutingRecord], None]] = []
+        self._routing_listeners: list[_Listener] = []
 
     @property
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, first to last."""
         return [module for module in self.modules() if isinstance(module, MoELayer)]
 
-    def add_routing_listener(self, listener: Callable[[RoutingRecord], None]) -> None:
-        """Have `listener(record)` called after every forward in training (see `RoutingRecord`)."""
-        self._routing_listeners.append(listener)
+    def add_routing_listener(
+        self, listener: Callable[[RoutingRecord], None], *, in_eval: bool = False, keep_routing: bool = False
+    ) -> None:
+        """Have `listener(record)` called at the end of every forward in training mode with gradients on.
+
+        Args:
+            listener: gets the `RoutingRecord`; its sums may carry gradient.
+            in_eval: call it after every other forward, too.
+            keep_routing: have the layers' plans in the record.
+        """
+        self._routing_listeners.append(_Listener(listener, in_eval, keep_routing))
 
     def remove_routing_listener(self, listener: Callable[[RoutingRecord], None]) -> None:
         """Undo `add_routing_listener`."""
-        self._routing_listeners.remove(listener)
+        self._routing_listeners.remove(next(entry for entry in self._routing_listeners if entry.call == listener))
+
+    @property
+    def loss_coefficients(self) -> dict[str, float]:
+        """Coefficient of each router loss in the training loss, by the name that the loss has in outputs."""
+        return {name: getattr(self.config, field) for name, field in LOSS_COEFFICIENTS.items()}
+
+    def num_active_parameters(self, exclude_embeddings: bool = False) -> int:
+        """Parameters that one token passes: all but the experts that it does not go to (K of E in each layer).
+
+        Of routers that do not fix the number of experts of a token, K is the average.
+        """
+        count = float(self.num_parameters(exclude_embeddings=exclude_embeddings))
+        for layer in self.moe_layers:
+            sizes = [parameter.numel() for parameter in layer.experts.parameters()]
+            stacked = max(layer.experts.parameters(), key=torch.Tensor.numel)  # of an expert-parallel rank: its own experts
+            count -= sum(sizes) * (1 - layer.top_k / stacked.shape[0])
+        return round(count)
 
     # ------------------------------------------------------------------ hooks of PreTrainedModel
 
@@ -211,14 +245,22 @@ class MoEPreTrainedModel(PreTrainedModel):
             input_ids=inputs["input_ids"],
             batch_shape=batch_shape,
             keep_logits=keep_logits,
+            keep_routing=any(listener.keep_routing for listener in self._routing_listeners),
             measure=measure,
         )
         with record_routing(record):
             outputs = run_dense_model(**{name: value for name, value in inputs.items() if value is not None})
-        if self.training:
-            for listener in self._routing_listeners:
-                listener(record)
         return outputs, record
+
+    def _has_listeners(self) -> bool:
+        """Whether anybody listens to a forward that begins now."""
+        in_training = self.training and torch.is_grad_enabled()
+        return any(in_training or listener.in_eval for listener in self._routing_listeners)
+
+    def _tell_listeners(self, record: RoutingRecord) -> None:
+        for listener in self._routing_listeners:
+            if listener.in_eval or (self.training and record.grad_enabled):
+                listener.call(record)
 
 
 class MoEModel(MoEPreTrainedModel):
@@ -257,7 +299,8 @@ class MoEModel(MoEPreTrainedModel):
             "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
             "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs,
         }  # fmt: skip
-        outputs, record = self._run(self._dense_model(), self.training and bool(self._routing_listeners), keep_logits, inputs)
+        outputs, record = self._run(self._dense_model(), self._has_listeners(), keep_logits, inputs)
+        self._tell_listeners(record)
         return MoeModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),
@@ -318,10 +361,11 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache, "labels": labels,
             "logits_to_keep": logits_to_keep, **kwargs,
         }  # fmt: skip
-        measure = self.training or labels is not None or keep_logits
+        measure = self.training or labels is not None or keep_logits or self._has_listeners()
         outputs, record = self._run(self._call_language_model, measure, keep_logits, inputs)
         lm_loss = outputs.get("loss")
         loss, router_losses = self._total_loss(lm_loss, record, inputs) if measure else (lm_loss, {})
+        self._tell_listeners(record)
         return MoECausalLMOutputWithPast(
             loss=loss,
             lm_loss=lm_loss,
@@ -353,18 +397,21 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         if not layers:
             return lm_loss, {}
         if not self.training:
+            record.lm_loss = lm_loss
             return lm_loss, record.losses()
-        if lm_loss is None:  # a loss of the caller's own (DPO): what is reported can be differentiated
-            terms, _ = self._balance.terms(layers, None, None)
-            return None, terms
+        num_items = inputs.get("num_items_in_batch")
+        num_labels = None if lm_loss is None else _count_labels(inputs)
         version = next((p._version for p in self.moe_layers[0].gate.parameters()), 0)
-        terms, values = self._balance.terms(layers, _count_labels(inputs), inputs.get("num_items_in_batch"), version)
+        terms, values = self._balance.terms(layers, num_labels, num_items, version)
+        record.terms = {name: term_L.detach() for name, term_L in terms.items()}
+        if lm_loss is None:  # a loss of the caller's own (DPO): what is reported can be differentiated
+            return None, {name: term_L.mean() for name, term_L in terms.items()}
+        record.lm_loss, record.adds_up = lm_loss.detach(), num_items is not None
         loss = lm_loss
-        for name, term in terms.items():
-            coefficient = getattr(self.config, LOSS_COEFFICIENTS[name])
-            if coefficient:
-                loss = loss + coefficient * term.to(loss.device)
-        return loss, values
+        for name, coefficient in self.loss_coefficients.items():
+            if coefficient and name in terms:
+                loss = loss + coefficient * terms[name].mean().to(loss.device)
+        return loss, {name: value_L.mean() for name, value_L in values.items()}
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The dense model's own."""

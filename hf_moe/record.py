@@ -35,12 +35,14 @@ class LayerRecord:
             `importance` `[E]` sum of gates; `probs` `[E]` sum of softmax(logits); `z` `[]`; `entropy` `[]` in nats;
             and what the router adds (`load` `[E]`; `primary_load` `[A]`, `primary_count` `[A]`; `threshold` `[]`).
         router_logits: `[T, E]` if asked for.
+        routing: the plan that was executed, if asked for.
     """
 
     num_experts: int
     top_k: int
     sums: dict[str, Tensor]
     router_logits: Tensor | None = None
+    routing: Routing | None = None
 
     def losses(self) -> dict[str, Tensor]:
         """The layer's losses without coefficients, by name; those that its router does not define are absent."""
@@ -73,36 +75,46 @@ class RoutingRecord:
         input_ids: `[B, S]`, for hash routing.
         batch_shape: (B, S), for models that hand their FFN flattened tokens (OPT).
         keep_logits: whether layers add their router logits.
+        keep_routing: whether layers add their plans.
         measure: whether layers add their sums; off, the record only carries the context in.
         layers: one entry per MoE layer that ran, in order.
         grad_enabled: whether gradients were on where the forward began.
+        lm_loss: this forward's LM loss, a value; `None` if it computed none.
+        terms: router losses by name, `[L]` values (one per layer), without coefficients, as they entered the training loss.
+        adds_up: whether `lm_loss` and `terms` of the micro-batches and ranks of an optimizer step add up to the step's
+            (the forward knew `num_items_in_batch`), or are to be averaged.
     """
 
     token_mask: Tensor | None = None
     input_ids: Tensor | None = None
     batch_shape: tuple[int, int] | None = None
     keep_logits: bool = False
+    keep_routing: bool = False
     measure: bool = True
     layers: list[LayerRecord] = field(default_factory=list)
     grad_enabled: bool = field(default_factory=torch.is_grad_enabled)
+    lm_loss: Tensor | None = None
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    adds_up: bool = False
 
     def add(self, routing: Routing, num_experts: int, top_k: int, token_mask_T: Tensor | None) -> None:
         """Called by a MoE layer with the plan it carried out."""
         _check_recomputable(self.grad_enabled)
         sums = routing_sums(routing, num_experts, token_mask_T) if self.measure else {}
         logits = routing.logits_TE if self.keep_logits else None
-        self.layers.append(LayerRecord(num_experts, top_k, sums, logits))
+        self.layers.append(LayerRecord(num_experts, top_k, sums, logits, routing if self.keep_routing else None))
 
     def losses(self) -> dict[str, Tensor]:
         """Losses by name, each the mean over the layers that define it (never pooled over layers)."""
-        return mean_by_name([layer.losses() for layer in self.layers if layer.sums])
+        per_layer = stack_by_name([layer.losses() for layer in self.layers if layer.sums])
+        return {name: losses_L.mean() for name, losses_L in per_layer.items()}
 
 
-def mean_by_name(per_layer: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Mean of each name over the dicts that have it, on the device of the first."""
+def stack_by_name(per_layer: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Each name's scalars as one vector over the dicts that have it, on the device of the first."""
     names = {name: None for losses in per_layer for name in losses}
     found = {name: [losses[name] for losses in per_layer if name in losses] for name in names}
-    return {name: torch.stack([v.to(values[0].device) for v in values]).mean() for name, values in found.items()}
+    return {name: torch.stack([v.to(values[0].device) for v in values]) for name, values in found.items()}
 
 
 def routing_sums(routing: Routing, num_experts: int, token_mask_T: Tensor | None = None) -> dict[str, Tensor]:
