@@ -3,38 +3,46 @@
 
 from __future__ import annotations
 
-import json
-import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from torch import nn
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
+from transformers.utils import logging
 
-from hf_moe.modeling_moe import MoEPreTrainedModel
+from hf_moe.losses import loss_free_bias_update
 from hf_moe.record import RoutingRecord
-from hf_moe.routers import SigmoidRouter
 
+from .alarms import Alarm, AlarmBell, AlarmThresholds
+from .flops import FlopsMeter, active_parameters, peak_flops
+from .load_file import LOAD_FILE, ExpertLoadFile
 from .metrics import RoutingWindow, load_metrics
+from .reporting import move_before_reporters
+from .watching import RoutingWatch, bias_of, watch_routing
 
-LOAD_FILE = "expert_load.jsonl"
+logger = logging.get_logger(__name__)
 
 
-class _RoutingCallback(TrainerCallback):
-    """Adds up what the model tells of every training forward, from the beginning of training to its end.
+class RoutingCallback(TrainerCallback):
+    """Adds up what a MoE tells of every training forward, from the beginning of training to its end.
 
     Args:
         window: where to add it up.
+
+    Attributes:
+        watch: what is watched, during training.
     """
 
     def __init__(self, window: RoutingWindow) -> None:
         self.window = window
-        self._model: MoEPreTrainedModel | None = None
+        self.watch: RoutingWatch | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._stop()  # an interrupted training never reached its on_train_end
-        self._model = find_moe_model(kwargs["model"])
-        self._model.add_routing_listener(self._listen)
+        self.watch = watch_routing(kwargs["model"], self._listen)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._stop()
@@ -44,45 +52,101 @@ class _RoutingCallback(TrainerCallback):
 
     def _stop(self) -> None:
         self.window.clear()
-        if self._model is not None:
-            self._model.remove_routing_listener(self._listen)
-            self._model = None
+        if self.watch is not None:
+            self.watch.remove()
+            self.watch = None
 
 
-def find_moe_model(model: nn.Module) -> MoEPreTrainedModel:
-    """The MoE inside a model that PEFT, DDP, FSDP or `torch.compile` may have wrapped.
+def saved_state(callback: TrainerCallback, state: TrainerState) -> dict[str, Any]:
+    """The attributes that a callback with `state()` had when the checkpoint was saved from which training goes on.
 
-    Raises:
-        ValueError: there is none.
+    `Trainer` restores them only with `restore_callback_states_from_checkpoint`, and cannot save a callback whose name is
+    not in the checkpoint; this does without the one and mends the other. Empty at the beginning of a training.
     """
-    for module in model.modules():
-        if isinstance(module, MoEPreTrainedModel):
-            return module
-    raise ValueError(
-        f"`model` of class {type(model).__name__} holds no MoEForCausalLM, so it has no experts to watch. Upcycle it first "
-        "(`hf-moe upcycle`), or train it without this callback."
-    )
+    name = type(callback).__name__
+    states: Any = state.stateful_callbacks
+    found = states.setdefault(name, callback.state())  # type: ignore[attr-defined]
+    found = found[0] if isinstance(found, list) else found
+    return found.get("attributes", {}) if state.global_step else {}
 
 
-class ExpertLoadCallback(_RoutingCallback):
-    """Logs how evenly the experts are used, since the previous log and over all ranks.
+class ExpertLoadCallback(RoutingCallback, ExportableState):
+    """Logs how the experts are used and what their routers lose, over all ranks, and says when something goes wrong.
 
-    With every training log it adds `moe/…` numbers (see `load_metrics`) to `state.log_history` and to the logs, and a
-    line `{"step": …, "layers": [decoder layer of each row], "executed": [[assignments of each expert] of each layer]}` to
-    `<output_dir>/expert_load.jsonl`. A resumed training continues the file from its checkpoint's step.
+    Every training log gets the numbers of `load_metrics` since the log before it, as `moe/<name>` and, of each layer,
+    `moe/layer_<i>/<name>`, in `state.log_history` and in every reporter (the console shows the means only); further
+    `moe/tflops_per_device` and, where the device's peak is known, `moe/mfu`, both of active parameters, and `moe/alarms`, how
+    many alarms there were (their text is in `log_history` as `moe/alarm`). `state.total_flos` counts active parameters. What
+    is left when training ends goes into the log of the summary.
+
+    Every log also appends a row to `<output_dir>/expert_load.safetensors`: `step` `[N]` and `executed` `[N, layers, experts]`,
+    the assignments that were executed (after capacity), over real tokens. A resumed training goes on where its checkpoint
+    was saved, without gap or double.
+
+    Args:
+        thresholds: of the alarms. Each kind of alarm is raised once: as a warning, and in `alarms`.
+        peak_flops: FLOP/s of one device, for `moe/mfu` (default: from a table of GPUs).
 
     Example:
         >>> from hf_moe.training import ExpertLoadCallback
         >>> trainer = Trainer(model, args, train_dataset=dataset, callbacks=[ExpertLoadCallback()])  # doctest: +SKIP
     """
 
-    def __init__(self) -> None:
+    def __init__(self, thresholds: AlarmThresholds | dict[str, Any] | None = None, peak_flops: float | None = None) -> None:
         super().__init__(RoutingWindow())
+        self._thresholds = AlarmThresholds(**thresholds) if isinstance(thresholds, dict) else thresholds or AlarmThresholds()
+        self._peak_flops = peak_flops
+        self._bell = AlarmBell(self._thresholds)
+        self._file: ExpertLoadFile | None = None
+        self._flops: FlopsMeter | None = None
+        self._trainer_state: TrainerState | None = None
+        self._logged_step = 0
+
+    @property
+    def alarms(self) -> list[Alarm]:
+        """The alarms of this training."""
+        return self._bell.raised
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the window since the last log, as `_AfterOthers` has gathered it."""
+        if self._flops is not None and self._trainer_state is not None:
+            self._flops.correct(self._trainer_state)
+        attributes = {
+            "window": self.window.state(),
+            "logged_step": self._logged_step,
+            "alarms": [asdict(alarm) for alarm in self._bell.raised],
+            "streaks": [[layer, streak] for layer, streak in self._bell.streaks.items()],
+        }
+        arguments = {"thresholds": asdict(self._thresholds), "peak_flops": self._peak_flops}
+        return {"args": arguments, "attributes": {"_saved": attributes}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer_state = self._flops = None
         super().on_train_begin(args, state, control, **kwargs)
-        if state.is_world_process_zero:
-            _keep_rows(_load_file(args), up_to_step=state.global_step)
+        assert self.watch is not None
+        move_before_reporters(self, _AfterOthers(self))
+        saved = saved_state(self, state).get("_saved", {})
+        self._logged_step = saved.get("logged_step", state.global_step)
+        self._bell = AlarmBell(
+            self._thresholds, [Alarm(**alarm) for alarm in saved.get("alarms", [])], dict(saved.get("streaks", []))
+        )
+        first = state.is_world_process_zero
+        self.window.restore(saved.get("window", {}), args.device, first)
+        active, total = active_parameters(kwargs["model"], self.watch)
+        self._flops = FlopsMeter(active, total, self._peak_flops or peak_flops(), seen=state.total_flos)
+        self._trainer_state = state
+        if first:
+            path = Path(args.output_dir or ".") / LOAD_FILE
+            self._file = ExpertLoadFile(path, self.watch.layers, self.watch.num_experts)
+            self._file.keep(self._logged_step)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._flops is not None:
+            self._flops.start_step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._flops is not None:
+            self._flops.end_step()
 
     def on_log(
         self,
@@ -92,68 +156,112 @@ class ExpertLoadCallback(_RoutingCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the numbers of the window to a training log and start a new window."""
-        if logs is None or "loss" not in logs or self._model is None:  # an evaluation, or the summary at the end
+        """Add the numbers of the window to a training log, or to the summary at the end, and start a new window."""
+        if logs is None or self.watch is None or self._flops is None:
             return
-        layers = self.window.total("cpu")  # every rank logs, so every rank gets here
+        is_summary = "train_loss" in logs
+        if not is_summary and "loss" not in logs:  # an evaluation
+            return
+        self._flops.correct(state)
+        if "total_flos" in logs:
+            logs["total_flos"] = state.log_history[-1]["total_flos"] = state.total_flos
+        if self.window.is_empty:
+            return
+        total = self.window.total("cpu", replicas=_replicas(self.watch))  # every rank logs, so every rank gets here
         self.window.clear()
-        if not layers:
-            return
-        # Trainer has copied `logs` into the history by now. TensorBoard and the other reporters have had them too: they
-        # come before callbacks of the user, so they do not get these numbers from here. The progress bar comes after.
-        metrics = {f"moe/{name}": value for name, value in load_metrics(layers).items()}
+        steps, self._logged_step = state.global_step - self._logged_step, state.global_step
+        numbers = load_metrics(total, self.watch.layers, steps)
+        alarms = self._bell.check(state.global_step, numbers, total, self.watch)
+        numbers |= self._flops.metrics(args.world_size)
+        metrics: dict[str, Any] = {f"moe/{name}": value for name, value in numbers.items()}
+        metrics["moe/alarms"] = len(self._bell.raised)
         logs.update(metrics)
-        state.log_history[-1].update(metrics)
+        state.log_history[-1].update(metrics)  # `Trainer` has copied the logs into it by now
+        if alarms:
+            state.log_history[-1]["moe/alarm"] = " ".join(alarm.message for alarm in alarms)
         if state.is_world_process_zero:
-            executed = [[round(count) for count in layer.sums["executed"].tolist()] for layer in layers]
-            row = {"step": state.global_step, "layers": self._model.config.moe_layers, "executed": executed}
-            with _load_file(args).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            for alarm in alarms:
+                logger.warning(f"step {alarm.step}: {alarm.message}")
+            assert self._file is not None
+            self._file.append(state.global_step, [layer.sums["executed"].round().long().tolist() for layer in total.layers])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        if self._file is not None:
+            self._file.finish()
+            self._file = None
+
+    def gather(self, args: TrainingArguments, control: TrainerControl) -> None:
+        """Bring all ranks' part of the window to the first if a checkpoint may be saved before the next log."""
+        best = control.should_evaluate and args.save_strategy == SaveStrategy.BEST
+        if (control.should_save or best) and not control.should_log:
+            self.window.gather()
 
 
-def _load_file(args: TrainingArguments) -> Path:
-    return Path(args.output_dir or ".") / LOAD_FILE
+class _AfterOthers(TrainerCallback):
+    """What `ExpertLoadCallback` does after all other callbacks, which may have asked for a checkpoint."""
+
+    def __init__(self, owner: ExpertLoadCallback) -> None:
+        self._owner = owner
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._owner.gather(args, control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._owner.gather(args, control)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """The console comes next: many numbers of many layers are not for it."""
+        for name in [name for name in logs or {} if name.startswith("moe/layer_")]:
+            assert logs is not None
+            del logs[name]
 
 
-def _keep_rows(path: Path, up_to_step: int) -> None:
-    """Drop the rows of an earlier training that this one will write again; at step 0 that is all of them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if _step_of(line) <= up_to_step]
-    new = path.with_name(path.name + ".new")
-    new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(new, path)
+def _replicas(watch: RoutingWatch) -> int:
+    """How many ranks see the same tokens: those of a tensor-parallel group."""
+    return getattr(watch.model, "tp_size", None) or 1
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:  # the line that a killed training was writing
-        return float("inf")
-
-
-class LossFreeBalancingCallback(_RoutingCallback):
+class LossFreeBalancingCallback(RoutingCallback):
     """Loss-free balancing (arXiv:2408.15664): after each optimizer step, moves the bias of every sigmoid router.
 
-    An expert that got more than the mean of the step's assignments, over ranks and micro-batches, loses
-    `router_bias_update_speed`; one that got less gains it. Models with other routers are left alone.
+    An expert that got more than the mean of the step's assignments, over ranks and micro-batches, loses `speed`; one that
+    got less gains it. Native MoEs that have such a bias (DeepSeek-V3, GLM4-MoE, …) are balanced, too: Transformers loads
+    their bias but never moves it. Models with other routers are left alone.
+
+    Args:
+        speed: u (default: the config's `router_bias_update_speed`; of native MoEs 1e-3, the paper's).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, speed: float | None = None) -> None:
         super().__init__(RoutingWindow(names=("counts",)))
+        self._speed = speed
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        assert self._model is not None
-        if self._model.config.router_type != "sigmoid":
+        assert self.watch is not None
+        if any(bias_of(router) is None for router in self.watch.routers):
             self._stop()
 
+    @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the biases by the counts of the optimizer step that was just made."""
-        if self._model is None:
+        if self.watch is None:
             return
-        totals = self.window.total()
+        layers = self.window.total().layers
         self.window.clear()
-        if totals:
-            for layer, total in zip(self._model.moe_layers, totals, strict=True):
-                cast(SigmoidRouter, layer.gate).update_bias(total.sums["counts"])
+        if not layers:
+            return
+        of_config: float = getattr(self.watch.model.config, "router_bias_update_speed", 1e-3)
+        speed = of_config if self._speed is None else self._speed
+        for router, layer in zip(self.watch.routers, layers, strict=True):
+            bias = bias_of(router)
+            assert bias is not None
+            bias += loss_free_bias_update(layer.sums["counts"], speed).to(bias).view_as(bias)
