@@ -138,7 +138,7 @@ def densify(argv: list[str]) -> int:
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--expert", type=int, nargs="+", help="the expert that every layer keeps, or one for each MoE layer")
     choice.add_argument("--average", action="store_true", help="the average of the experts, weighted by --load")
-    parser.add_argument("--load", help="expert_load.jsonl of a training run (default: all experts count the same)")
+    parser.add_argument("--load", help="expert_load.safetensors of a training run (default: all experts count the same)")
     parser.add_argument("--weights-sum", type=float, help="what a token's combine weights sum to (default: as at the start)")
 
     def work(arguments: argparse.Namespace) -> None:
@@ -160,7 +160,7 @@ def densify(argv: list[str]) -> int:
 def prune(argv: list[str]) -> int:
     """`hf-moe prune`: leave out the experts that were used least."""
     parser = _converter("prune", prune.__doc__, text=True)
-    parser.add_argument("--load", required=True, help="expert_load.jsonl of a training run")
+    parser.add_argument("--load", required=True, help="expert_load.safetensors of a training run")
     parser.add_argument("--keep", required=True, type=int, help="how many experts each layer keeps")
 
     def work(arguments: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from .companions import companion_files
 from .dense_source import local_folder
 from .errors import ConversionError
 from .payloads import Computed, Elementwise, OutputTensor, SourceBytes, carried, natural_key
-from .pruning import expert_blocks, moe_fields, read_expert_load
+from .pruning import expert_blocks, moe_fields, recorded_load
 from .streamed_model import tensor_sources
 from .verification import ExactnessReport, verify_checkpoints
 
@@ -107,7 +107,7 @@ def densify(
         destination: folder for the dense one, absent or empty.
         expert: which expert every layer keeps, or one number for each MoE layer.
         average: keep the average of the experts instead, weighted by `load`.
-        load: `expert_load.jsonl`, recorded by `ExpertLoadCallback` (default: all experts count the same).
+        load: `expert_load.safetensors`, recorded by `ExpertLoadCallback` (default: all experts count the same).
         weights_sum: what a token's combine weights sum to (default: what upcycling divided by: the router's constant, or K/E
             where it depends on the token).
         max_shard_size: bytes per weight file.
@@ -159,7 +159,7 @@ def _shares(
     if (expert is None) == (not average and load is None):
         raise ConversionError("Give either `expert`, or `average` (with `load` for the weights): one of the two.")
     if expert is None:
-        totals = [[1] * count for count in counts] if load is None else read_expert_load(Path(load), config)
+        totals = [[1] * count for count in counts] if load is None else recorded_load(load, config)
         return [[(i, n / sum(layer)) for i, n in enumerate(layer) if n] for layer in totals]
     chosen = [expert] * len(counts) if isinstance(expert, int) else list(expert)
     if len(chosen) != len(counts):

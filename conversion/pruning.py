@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_moe.expert_load import read_expert_load
 from hf_moe.moe_fields import MoEFields
 from hf_moe.version import __version__
 
@@ -18,7 +19,7 @@ from .checkpoint_reader import Checkpoint, json_bytes, open_checkpoint
 from .checkpoint_writer import check_apart, check_destination, write_checkpoint
 from .companions import code_files, companion_files
 from .dense_source import local_folder
-from .errors import ConversionError
+from .errors import ConversionError, one_line
 from .payloads import Joined, OutputTensor, SourceBytes, carried, natural_key
 from .recipe import MOE_FIELDS, PlannedFields
 
@@ -66,7 +67,7 @@ def prune(
     Args:
         source: folder of a MoE checkpoint of hf_moe.
         destination: folder for the pruned one, absent or empty.
-        load: `expert_load.jsonl`, recorded by `ExpertLoadCallback`; its rows are added up.
+        load: `expert_load.safetensors`, recorded by `ExpertLoadCallback`; its rows are added up.
         keep: experts that each layer keeps (layers with as few keep all).
         max_shard_size: bytes per weight file.
         verify: compare both afterwards.
@@ -82,7 +83,7 @@ def prune(
     checkpoint = open_checkpoint(local_folder(source))
     config = moe_fields(checkpoint)
     _check(config, keep)
-    counts = read_expert_load(Path(load), config)
+    counts = recorded_load(load, config)
     kept = {layer: most_used(layer_counts, keep) for layer, layer_counts in zip(config.moe_layers, counts, strict=True)}
     numbers = [len(experts) for experts in kept.values()]
     content = {**checkpoint.config, "num_experts": numbers[0] if len(set(numbers)) == 1 else numbers}
@@ -136,36 +137,25 @@ def moe_fields(checkpoint: Checkpoint) -> MoEFields:
     return MoEConfig.from_dict(config)
 
 
-def read_expert_load(path: Path, config: MoEFields) -> list[list[int]]:
-    """Assignments of each expert of each MoE layer, over all rows of an `expert_load.jsonl`.
+def recorded_load(path: str | os.PathLike, config: MoEFields) -> list[list[int]]:
+    """Assignments of each expert of each MoE layer, over all rows of an `expert_load.safetensors`.
 
     Raises:
         ConversionError: it is not there, not readable, or was recorded with other layers or experts.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConversionError(f"`load`={os.fspath(path)!r}: not readable ({error}).") from error
-    layers, experts = config.moe_layers, config.num_experts_per_layer
-    totals = [[0] * count for count in experts]
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            recorded, executed = row["layers"], [[int(n) for n in counts] for counts in row["executed"]]
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) > 1:  # the line that a killed training was writing
-                continue
-            raise ConversionError(
-                f"`load`={os.fspath(path)!r}, line {number}: not a row with `layers` and `executed`. Give the "
-                "expert_load.jsonl of a training."
-            ) from error
-        if recorded != layers or [len(counts) for counts in executed] != experts or min(map(min, executed)) < 0:
-            raise ConversionError(
-                f"`load`={os.fspath(path)!r}, line {number}: was recorded with layers {recorded} of "
-                f"{[len(counts) for counts in executed]} experts, but the checkpoint has layers {layers} of {experts}."
-            )
-        totals = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(totals, executed, strict=True)]
-    unused = [layer for layer, counts in zip(layers, totals, strict=True) if not any(counts)]
+        load = read_expert_load(path)
+    except OSError as error:
+        raise ConversionError(f"`load`={os.fspath(path)!r}: not readable ({one_line(error)}).") from error
+    except ValueError as error:
+        raise ConversionError(f"`load`: {error}") from error
+    if (load.layers, load.num_experts) != (config.moe_layers, config.num_experts_per_layer):
+        raise ConversionError(
+            f"`load`={os.fspath(path)!r}: was recorded with layers {load.layers} of {load.num_experts} experts, but the "
+            f"checkpoint has layers {config.moe_layers} of {config.num_experts_per_layer}."
+        )
+    totals = load.totals()
+    unused = [layer for layer, counts in zip(load.layers, totals, strict=True) if not any(counts)]
     if unused:
         raise ConversionError(f"`load`={os.fspath(path)!r}: no assignment was recorded in layer {unused[0]}. Train longer.")
     return totals

@@ -12,6 +12,7 @@ from hf_moe.conversion.densifying import densify
 from hf_moe.conversion.errors import ConversionError
 from hf_moe.conversion.pruning import most_used, prune
 from hf_moe.conversion.upcycling import upcycle
+from hf_moe.training.load_file import LOAD_FILE, ExpertLoadFile
 from test_upcycling import dense_model
 from tiny import tensors_on_disk, tiny, token_ids
 from torch import Tensor
@@ -37,10 +38,15 @@ def save(model: MoEForCausalLM, folder: Path) -> Path:
     return folder
 
 
-def write_load(path: Path, model: MoEForCausalLM, rows: list[list[list[int]]]) -> Path:
-    """An `expert_load.jsonl` with these assignments."""
-    layers = model.config.moe_layers
-    path.write_text("".join(json.dumps({"step": i, "layers": layers, "executed": row}) + "\n" for i, row in enumerate(rows)))
+def write_load(path: Path, model: MoEForCausalLM, rows: list[list[list[int]]], finish: bool = True) -> Path:
+    """A file of expert load with these assignments."""
+    num_experts = [len(counts) for counts in rows[0]] if rows else model.config.num_experts_per_layer
+    file = ExpertLoadFile(path, model.config.moe_layers[: len(num_experts)], num_experts)
+    file.keep(0)
+    for number, row in enumerate(rows, start=1):
+        file.append(number, row)
+    if finish:
+        file.finish()
     return path
 
 
@@ -83,7 +89,7 @@ def test_every_scale_that_is_a_power_of_two(family: str, router: str, tmp_path: 
     moe = upcycle(str(tmp_path / "dense"), tmp_path / "moe", verify=False, **{"num_experts": 4, **EXACT_ROUTERS[router]}).model
     expected = tensors_on_disk(tmp_path / "dense")
     counts = moe.config.num_experts_per_layer
-    load = write_load(tmp_path / "load.jsonl", moe, [[[3 * i + layer + 1 for i in range(n)] for layer, n in enumerate(counts)]])
+    load = write_load(tmp_path / LOAD_FILE, moe, [[[3 * i + layer + 1 for i in range(n)] for layer, n in enumerate(counts)]])
     choices: list[dict[str, Any]] = [{"expert": 1}, {"expert": [n - 1 for n in counts]}, {"average": True}, {"load": load}]
     for number, choice in enumerate(choices):
         densify(tmp_path / "moe", tmp_path / str(number), verify=False, **choice)
@@ -141,7 +147,7 @@ def test_one_expert_of_many(family: str, fields: dict[str, Any], tmp_path: Path)
 def test_average_is_the_plain_weighted_sum(tmp_path: Path) -> None:
     model = tiny("llama", num_experts=[2, 3, 4], num_shared_experts=1)
     rows = [[[1, 3], [2, 0, 5], [1, 1, 1, 1]], [[0, 2], [1, 1, 1], [9, 0, 3, 2]]]
-    load = write_load(tmp_path / "load.jsonl", model, rows)
+    load = write_load(tmp_path / LOAD_FILE, model, rows)
     densify(save(model, tmp_path / "moe"), tmp_path / "dense", average=True, load=load, verify=False)
     got = tensors_on_disk(tmp_path / "dense")
     for index, layer in enumerate(model.moe_layers):
@@ -168,14 +174,19 @@ def test_average_is_the_plain_weighted_sum(tmp_path: Path) -> None:
         ({}, {"expert": 4}, r"0\.\.3"),
         ({}, {"expert": [0, 1]}, "3 MoE layers"),
         ({}, {"expert": 0, "weights_sum": -1.0}, "weights_sum"),
-        ({}, {"load": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({}, {"load": "nowhere.safetensors"}, r"`load`='nowhere.safetensors': not readable \("),
+        ({}, {"load": "moe/config.json"}, r"`load`: moe/config.json: not a whole safetensors file .* give the expert_load"),
+        ({}, {"load": "moe/model.safetensors"}, r"`load`: moe/model.safetensors: `format`='pt' is not .* give the expert_load"),
         ({"residual_moe": True}, {"expert": 0}, "residual_moe"),
         ({"num_shared_experts": 1, "use_shared_expert_gate": True}, {"expert": 0}, "use_shared_expert_gate"),
         ({"num_shared_experts": 1, "decoder_sparse_step": 2}, {"expert": 0}, "num_shared_experts"),
         ({"moe_intermediate_size": 16, "mlp_only_layers": [0]}, {"expert": 0}, "moe_intermediate_size"),
     ],
 )
-def test_densify_refuses(fields: dict[str, Any], choice: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_densify_refuses(
+    fields: dict[str, Any], choice: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     save(tiny("llama", **fields), tmp_path / "moe")
     with pytest.raises(ConversionError, match=message) as error:
         densify(tmp_path / "moe", tmp_path / "dense", **choice)
@@ -188,7 +199,7 @@ def test_only_moe_checkpoints_of_hf_moe(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="model_type"):
         densify(tmp_path / "dense", tmp_path / "out", expert=0)
     with pytest.raises(ConversionError, match="model_type"):
-        prune(tmp_path / "dense", tmp_path / "out", load=tmp_path / "load.jsonl", keep=2)
+        prune(tmp_path / "dense", tmp_path / "out", load=tmp_path / LOAD_FILE, keep=2)
 
 
 def test_a_width_without_a_field_is_refused(tmp_path: Path) -> None:
@@ -272,9 +283,8 @@ def test_experts_that_no_token_chooses_are_not_missed(tmp_path: Path) -> None:
 
 def test_prune_layers_of_unequal_size(tmp_path: Path) -> None:
     model = tiny("llama", num_experts=[2, 4, 6])
-    load = write_load(tmp_path / "l", model, [[[1, 2], [4, 3, 2, 1], [0, 0, 1, 9, 0, 8]]])
-    with load.open("a") as file:
-        file.write('{"step": 7, "layers": [0, 1')  # a training that was killed while it wrote
+    rows = [[[1, 2], [4, 3, 2, 1], [0, 0, 1, 9, 0, 8]]]
+    load = write_load(tmp_path / "l", model, rows, finish=False)  # a training that was killed
     result = prune(save(model, tmp_path / "moe"), tmp_path / "out", load=load, keep=3, verify=False)
     assert result.kept == {0: [0, 1], 1: [0, 1, 2], 2: [2, 3, 5]}
     assert result.report is None
@@ -303,20 +313,21 @@ def test_ties_keep_the_lower_index() -> None:
 def test_prune_refuses(fields: dict[str, Any], rows: list, keep: int, message: str, tmp_path: Path) -> None:
     model = tiny("llama", **fields)
     save(model, tmp_path / "moe")
-    load = write_load(tmp_path / "load.jsonl", model, rows)
+    load = write_load(tmp_path / LOAD_FILE, model, rows)
     with pytest.raises(ConversionError, match=message) as error:
         prune(tmp_path / "moe", tmp_path / "out", load=load, keep=keep)
     assert "\n" not in str(error.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["load.jsonl", "moe"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOAD_FILE, "moe"]
 
 
 def test_a_load_file_that_is_none(tmp_path: Path) -> None:
     save(tiny("llama"), tmp_path / "moe")
-    (tmp_path / "load.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
-    with pytest.raises(ConversionError, match="line 1"):
-        prune(tmp_path / "moe", tmp_path / "out", load=tmp_path / "load.jsonl", keep=2)
+    (tmp_path / LOAD_FILE).write_text('{"step": 1, "layers": [0, 1, 2], "executed": [[1, 2, 3, 4]]}\n')
+    with pytest.raises(ConversionError, match="not a whole safetensors file") as error:
+        prune(tmp_path / "moe", tmp_path / "out", load=tmp_path / LOAD_FILE, keep=2)
+    assert "\n" not in str(error.value)
     with pytest.raises(FileExistsError):
-        prune(tmp_path / "moe", tmp_path, load=tmp_path / "load.jsonl", keep=2)
+        prune(tmp_path / "moe", tmp_path, load=tmp_path / LOAD_FILE, keep=2)
 
 
 def test_companions_go_along(tmp_path: Path) -> None:

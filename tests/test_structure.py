@@ -16,6 +16,7 @@ CORE = {
     "record": {"losses", "routing"},
     "routers": {"configuration_moe", "losses", "routing"},
     "balance": {"record"},
+    "expert_load": set(),
     "experts": {"configuration_moe"},
     "ffn_kinds": set(),
     "dense_ffn": {"ffn_kinds"},
