@@ -95,14 +95,18 @@ class Experts(_StackedExperts):
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_size, intermediate_size
         self.act_fn = act_fn
         self.has_gate, self.has_bias = has_gate, has_bias
-        # Transformers' name for "skip slots that hold the id num_experts", which expert parallelism needs as well
-        self._is_expert_parallel = allow_empty_slots
+        if allow_empty_slots:
+            self.allow_empty_slots()
         up_name, up_size = ("gate_up_proj", 2 * intermediate_size) if has_gate else ("up_proj", intermediate_size)
         shapes = {up_name: (up_size, hidden_size), "down_proj": (hidden_size, intermediate_size)}
         for name, (rows, columns) in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(num_experts, rows, columns, dtype=dtype)))
             if has_bias:
                 self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(num_experts, rows, dtype=dtype)))
+
+    def allow_empty_slots(self) -> None:
+        """Skip the slots that hold the id E from now on."""
+        self._is_expert_parallel = True  # Transformers' name for it: expert parallelism has such slots as well
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See `loop` for what is computed; the config's `experts_implementation` says how."""

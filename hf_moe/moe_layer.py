@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from .configuration_moe import BATCH_ROUTERS, MoEConfig
 from .experts import DenseFFN, Experts
 from .record import current_record
-from .routers import ROUTERS
+from .routers import ROUTERS, ExpertChoiceRouter
 from .routing import Routing, apply_capacity
 
 
@@ -104,6 +104,28 @@ class MoELayer(nn.Module):
             if hasattr(self, name):
                 for parameter in getattr(self, name).parameters():
                     init.zeros_(parameter)
+
+    def set_capacity_factor(self, capacity_factor: float | None) -> None:
+        """Have this layer train with another capacity from now on (see `MoEConfig.capacity_factor`).
+
+        The config, which other layers share, is left alone.
+
+        Args:
+            capacity_factor: a positive number, or `None` for dropless (`expert_choice`: for the config's K).
+
+        Raises:
+            ValueError: it is not positive, or the router has no capacity.
+        """
+        if self.config.router_type == "strictly_balanced":
+            raise ValueError("`router_type`='strictly_balanced' has no capacity: every expert takes the same number of tokens.")
+        if capacity_factor is not None and not capacity_factor > 0:
+            raise ValueError(f"`capacity_factor`={capacity_factor} must be a positive number, or None (dropless).")
+        if isinstance(self.gate, ExpertChoiceRouter):
+            self.gate.factor = self.top_k if capacity_factor is None else capacity_factor
+            return
+        self.capacity_factor = capacity_factor
+        if capacity_factor is not None:
+            self.experts.allow_empty_slots()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Route, run the experts, combine.

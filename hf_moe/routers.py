@@ -4,6 +4,8 @@
 Every router computes in fp32 whatever the model's dtype or autocast, and its parameters stay fp32 through `.to(bf16)`
 (fp64 is kept as fp64). Noise and jitter change the router's logits only, never what the experts see.
 
+`noise_scale`, a factor on all noise, and `exploration_bonus`, added to the logits, are for training only and in no checkpoint.
+
 Letters: T tokens, D hidden, E experts, K per token, A groups, B experts of a group (A·B = E).
 """
 
@@ -37,6 +39,7 @@ class Router(nn.Module, ABC):
     """
 
     zero_init = False
+    exploration_bonus: Tensor | None
 
     def __init__(self, config: MoEConfig, hidden_size: int, num_experts: int) -> None:
         super().__init__()
@@ -45,7 +48,9 @@ class Router(nn.Module, ABC):
         self.num_experts = num_experts
         self.top_k = config.num_experts_per_tok
         self.jitter = config.router_jitter_noise
+        self.noise_scale = 1.0
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        self.register_buffer("exploration_bonus", None, persistent=False)
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Draw the projection from N(0, std²), or set it to 0 where the paper starts from 0."""
@@ -69,9 +74,16 @@ class Router(nn.Module, ABC):
         """The router's rule, on fp32 tokens."""
 
     def _jittered(self, x_TD: Tensor) -> Tensor:
-        if not (self.training and self.jitter):
+        jitter = self.jitter * self.noise_scale
+        if not (self.training and jitter):
             return x_TD
-        return x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
+        return x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
+
+    def _explored(self, scores_TE: Tensor) -> Tensor:
+        """The scores plus the exploration bonus, if there is one, in training."""
+        if self.exploration_bonus is None or not self.training:
+            return scores_TE
+        return scores_TE + self.exploration_bonus.to(scores_TE)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Follow a move to another device, not to a lower precision."""
@@ -95,7 +107,7 @@ class TopKRouter(Router):
         self.renormalise = config.norm_topk_prob and config.router_type != "switch"
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
-        logits_TE = F.linear(x_TD, self.weight)
+        logits_TE = self._explored(F.linear(x_TD, self.weight))
         top_TK, ids_TK = top_k(logits_TE, self.top_k)
         if self.renormalise:  # softmax over the kept logits is the renormalised softmax
             return Routing.of(ids_TK, top_TK.softmax(dim=-1), logits_TE)
@@ -112,13 +124,15 @@ class NoisyTopKRouter(Router):
         self.noise_weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
-        clean_TE, raw_TE = F.linear(x_TD, self.weight), F.linear(x_TD, self.noise_weight)
+        clean_TE, raw_TE = self._explored(F.linear(x_TD, self.weight)), F.linear(x_TD, self.noise_weight)
         noise_TE = torch.randn_like(clean_TE) if self.training else None
-        ids_TK, weights_TK, load_TE = noisy_top_k(clean_TE, raw_TE, noise_TE, self.top_k)
+        ids_TK, weights_TK, load_TE = noisy_top_k(clean_TE, raw_TE, noise_TE, self.top_k, self.noise_scale)
         return Routing.of(ids_TK, weights_TK, clean_TE, load=load_TE)
 
 
-def noisy_top_k(clean_TE: Tensor, raw_noise_TE: Tensor, noise_TE: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def noisy_top_k(
+    clean_TE: Tensor, raw_noise_TE: Tensor, noise_TE: Tensor | None, k: int, noise_scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy top-k gating and its smooth load (Shazeer 2017, eq. 3-5 and 8-9) over the last dimension.
 
     Args:
@@ -126,12 +140,15 @@ def noisy_top_k(clean_TE: Tensor, raw_noise_TE: Tensor, noise_TE: Tensor | None,
         raw_noise_TE: `[..., E]` x W_noise; the standard deviation is `softplus(raw) + 1e-2`.
         noise_TE: `[..., E]` standard normal draws, or `None` for no noise (evaluation).
         k: K.
+        noise_scale: factor on the standard deviation of the draws; 1 is the paper's.
 
     Returns:
         Expert ids `[..., K]`, gates `[..., K]` (softmax over the K kept), smooth load `[..., E]`.
     """
     std_TE = F.softplus(raw_noise_TE) + NOISE_EPSILON
-    noisy_TE = clean_TE if noise_TE is None else clean_TE + std_TE * noise_TE
+    noisy_TE = clean_TE if noise_TE is None else clean_TE + noise_scale * std_TE * noise_TE
+    if noise_TE is not None and noise_scale != 1:
+        std_TE = (noise_scale * std_TE).clamp(min=NOISE_EPSILON)  # the smooth load divides by it
     top_TK, ids_TK = top_k(noisy_TE, k)
     return ids_TK, top_TK.softmax(dim=-1), smooth_load(clean_TE, noisy_TE, std_TE, k)
 
@@ -140,7 +157,7 @@ class GShardRouter(Router):
     """GShard and GLaM: top-2, g1 + g2 = 1; in training the second is kept with probability min(1, 2·g2)."""
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
-        logits_TE = F.linear(x_TD, self.weight)
+        logits_TE = self._explored(F.linear(x_TD, self.weight))
         top_TK, ids_TK = top_k(logits_TE, 2)
         weights_TK = top_TK.softmax(dim=-1)
         routing = Routing.of(ids_TK, weights_TK, logits_TE)
@@ -154,7 +171,8 @@ class GShardRouter(Router):
 class SigmoidRouter(Router):
     """Sigmoid scores, chosen with a bias that balances and weighted without it (DeepSeek-V3, loss-free balancing).
 
-    The bias is a fp32 buffer without gradient. It changes only by `update_bias`, once per optimizer step.
+    The bias is a fp32 buffer without gradient. It changes only by `update_bias`, once per optimizer step. An exploration
+    bonus is added beside it: to the choice, not to the weights.
     """
 
     e_score_correction_bias: Tensor
@@ -172,7 +190,8 @@ class SigmoidRouter(Router):
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
         logits_TE = F.linear(x_TD, self.weight)
         scores_TE = logits_TE.sigmoid()
-        _, ids_TK = top_k(self._within_groups(scores_TE.detach() + self.e_score_correction_bias), self.top_k)
+        biased_TE = self._explored(scores_TE.detach() + self.e_score_correction_bias)
+        _, ids_TK = top_k(self._within_groups(biased_TE), self.top_k)
         kept_TK = scores_TE.gather(1, ids_TK)
         weights_TK = kept_TK / (kept_TK.sum(dim=-1, keepdim=True) + 1e-20) * self.scale
         return Routing.of(ids_TK, weights_TK, logits_TE)
@@ -201,7 +220,8 @@ class SigmoidRouter(Router):
 class HierarchicalRouter(Router):
     """Two levels of noisy top-k (Shazeer 2017, app. B, eq. 12-14): a primary gate over groups, one gate in each group.
 
-    Expert `i * B + j` is expert j of group i; its weight is `Gp_i · G_ij`.
+    Expert `i * B + j` is expert j of group i; its weight is `Gp_i · G_ij`. An exploration bonus is added within the groups,
+    where what all experts of a group have in common changes nothing: that part is added to the group.
     """
 
     zero_init = True
@@ -216,12 +236,15 @@ class HierarchicalRouter(Router):
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
         groups_TA, group_raw_TA = F.linear(x_TD, self.group_weight), F.linear(x_TD, self.group_noise_weight)
-        clean_TAB = F.linear(x_TD, self.weight).unflatten(-1, (self.num_groups, -1))
+        clean_TAB = self._explored(F.linear(x_TD, self.weight)).unflatten(-1, (self.num_groups, -1))
+        if self.exploration_bonus is not None and self.training:
+            groups_TA = groups_TA + self.exploration_bonus.to(groups_TA).view(self.num_groups, -1).amin(dim=-1)
         raw_TAB = F.linear(x_TD, self.noise_weight).view_as(clean_TAB)
         group_noise_TA = torch.randn_like(groups_TA) if self.training else None
         noise_TAB = torch.randn_like(clean_TAB) if self.training else None
-        group_ids_TG, group_gates_TG, group_load_TA = noisy_top_k(groups_TA, group_raw_TA, group_noise_TA, self.topk_group)
-        inner_TAK, gates_TAK, load_TAB = noisy_top_k(clean_TAB, raw_TAB, noise_TAB, self.top_k_in_group)
+        k, k_in_group, scale = self.topk_group, self.top_k_in_group, self.noise_scale
+        group_ids_TG, group_gates_TG, group_load_TA = noisy_top_k(groups_TA, group_raw_TA, group_noise_TA, k, scale)
+        inner_TAK, gates_TAK, load_TAB = noisy_top_k(clean_TAB, raw_TAB, noise_TAB, k_in_group, scale)
 
         pick_TGK = group_ids_TG.unsqueeze(-1).expand(-1, -1, self.top_k_in_group)
         ids_TGK = pick_TGK * clean_TAB.shape[-1] + inner_TAK.gather(1, pick_TGK)
