@@ -148,18 +148,26 @@ def run_recipe(recipe: Recipe, model: PreTrainedModel | None = None) -> Upcyclin
 
 def _reports(plan: UpcyclingPlan, folder: Path, text: list[str] | None) -> dict[str, bytes]:
     """Compare what was written with the dense model; the report and the model card."""
-    from hf_moe.model_cards.upcycling import upcycling_card
+    from hf_moe.model_cards import conversion_card, describe_parent
 
-    report = _verify(plan, folder, text) if plan.recipe.verify else None
-    content: dict[str, Any] = {} if report is None else dataclasses.asdict(report)
-    card = upcycling_card(
-        source=plan.recipe.dense_source if plan.source.model is None else type(plan.source.model).__name__,
-        recipe=plan.recipe.to_yaml(),
-        promise=str(plan.promise),
-        report=None if report is None else str(report),
-        fields={name: getattr(plan.fields, name) for name in ("num_experts", "num_experts_per_tok", "router_type")},
+    recipe, source = plan.recipe, plan.source
+    report = _verify(plan, folder, text) if recipe.verify else None
+    measured: dict[str, Any] = {} if report is None else {**dataclasses.asdict(report), "verdict": report.verdict}
+    bases = [] if source.model is None and recipe.source is None else [source.model or recipe.source]
+    homes = {recipe.source: source.companions} if source.model is None else {}
+    parents = [describe_parent(parent, homes.get(parent)) for parent in dict.fromkeys([*(recipe.models or []), *bases])]
+    content = {**measured, "promise": str(plan.promise), "parents": parents, "job": plan.job}
+    card = conversion_card(
+        Path(recipe.destination or folder).name,
+        plan.config,
+        plan.tensors,
+        kind="upcycling",
+        report=content,
+        method=recipe.method,
+        recipe=recipe.to_yaml(),
+        files=[path.name for path in folder.iterdir()],
     )
-    return {REPORT_FILE: json_bytes({**content, "promise": str(plan.promise), "job": plan.job}), "README.md": card.encode()}
+    return {REPORT_FILE: json_bytes(content), "README.md": card.encode()}
 
 
 def _verify(plan: UpcyclingPlan, moe: Any, text: list[str] | None) -> ExactnessReport:
