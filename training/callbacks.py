@@ -176,9 +176,10 @@ class ExpertLoadCallback(RoutingCallback, ExportableState):
         metrics: dict[str, Any] = {f"moe/{name}": value for name, value in numbers.items()}
         metrics["moe/alarms"] = len(self._bell.raised)
         logs.update(metrics)
-        state.log_history[-1].update(metrics)  # `Trainer` has copied the logs into it by now
+        kept: Any = state.log_history[-1]  # `Trainer` has copied the logs into it by now
+        kept.update(metrics)
         if alarms:
-            state.log_history[-1]["moe/alarm"] = " ".join(alarm.message for alarm in alarms)
+            kept["moe/alarm"] = " ".join(alarm.message for alarm in alarms)
         if state.is_world_process_zero:
             for alarm in alarms:
                 logger.warning(f"step {alarm.step}: {alarm.message}")

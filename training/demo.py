@@ -89,7 +89,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     report(dense, tuned, eval_file, arguments.device, arguments.seq_length)
     print(f"({time.perf_counter() - reported:.0f} s)\n")
     _list_files(tuned)
-    from .finetune import METRICS_FILE, PICTURE_FILE
+    from .results import METRICS_FILE, PICTURE_FILE
 
     print(f"\ncheckpoint {tuned}, metrics {tuned / METRICS_FILE}, picture of expert load over steps {tuned / PICTURE_FILE}")
     print(f"total time {(time.perf_counter() - started) / 60:.1f} min, peak memory {_peak_gib():.1f} GiB")
@@ -197,7 +197,7 @@ def report(dense: Path, tuned: Path, eval_file: Path, device: str, block_size: i
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .finetune import METRICS_FILE
+    from .results import METRICS_FILE
 
     metrics = json.loads((tuned / METRICS_FILE).read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(tuned)

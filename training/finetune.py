@@ -1,196 +1,306 @@
 # Copyright 2026 the hf_moe authors. Licensed under the Apache License, Version 2.0.
-"""`hf-moe train`: fine-tune a causal LM, Mixture-of-Experts or dense, on a local text file with the stock `Trainer`.
+"""`hf-moe train`: fine-tune a causal LM, Mixture-of-Experts or dense, with `MoETrainer`.
 
-It measures the LM loss on held-out text before and after, and writes the checkpoint, `metrics.json`, `expert_load.jsonl`
-and `expert_load.png` to `--output_dir`. Every option of `TrainingArguments` can be given.
+    hf-moe train [CONFIG.yaml] --model M --train_file train.jsonl --eval_file heldout.jsonl --output_dir run --max_steps 100
+    hf-moe train --model some-dense-model --upcycle_num_experts 8 --dataset_name some/dataset --output_dir run
+    accelerate launch -m hf_moe.training.finetune …       or the path of this file; torchrun likewise
+
+Options can stand in a YAML or JSON file, by their names; those beside it count more. Every option of `TrainingArguments` can
+be given. It measures loss and perplexity per token on held-out text before and after, and writes to `--output_dir` the
+checkpoint with its tokenizer and model card, `metrics.json`, `expert_load.safetensors` and a picture of it.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from transformers import TrainingArguments
-
-from hf_moe.auto import MoEConfig
-
-from .callbacks import LOAD_FILE, ExpertLoadCallback, LossFreeBalancingCallback
-from .data import check_text_file, load_blocks
-from .plots import plot_expert_load
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase, Trainer
+    from .arguments import DataArguments, ModelArguments
+    from .command_line import FinetuneArguments, Options
+    from .trainer import MoETrainer
 
-METRICS_FILE = "metrics.json"
-PICTURE_FILE = "expert_load.png"
-
-
-@dataclass
-class TextArguments:
-    """Which model, on which text."""
-
-    model: str = field(metadata={"help": "Folder or Hub id of the checkpoint to start from."})
-    train_file: str = field(metadata={"help": "Text to train on, .jsonl or .txt."})
-    eval_file: str | None = field(default=None, metadata={"help": "Held-out text, .jsonl or .txt."})
-    text_field: str = field(default="text", metadata={"help": "The field of a .jsonl file that holds the text."})
-    max_seq_length: int = field(default=512, metadata={"help": "Tokens per training sequence."})
-    dtype: Literal["float32", "bfloat16", "auto"] = field(
-        default="float32", metadata={"help": "What to load the weights as. With --bf16, keep float32."}
-    )
-
-
-@dataclass
-class FinetuneArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults that a fine-tuning run wants."""
-
-    output_dir: str = field(metadata={"help": "Folder for the checkpoint, the metrics and the picture."})
-    logging_steps: float = field(default=10, metadata={"help": "Log, and write a row of the expert load, so often."})
-    # a held-out pass would otherwise keep the logits of every token
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss only."})
+UPCYCLE = "upcycle_"  # prefix of the recipe's fields
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    from transformers import HfArgumentParser
+    from hf_moe.conversion.recipe_options import recipe_options
 
-    dataclasses: Any = (TextArguments, FinetuneArguments)  # the parser's own annotation refuses plain dataclasses
-    parser = HfArgumentParser(dataclasses, prog="hf-moe train", description=__doc__)
+    words = sys.argv[1:] if argv is None else argv
+    if "-h" in words or "--help" in words:
+        from .train_help import train_help
+
+        print(train_help(__doc__ or "", recipe_options(UPCYCLE)))
+        sys.exit(0)
+    from .command_line import parse
+
     try:
-        text, arguments = parser.parse_args_into_dataclasses(argv)
-        trainer = prepare(text, arguments)
+        options = parse(words, recipe_options(UPCYCLE))
+        source = find_source(options.model, options.upcycle)
+        trainer = prepare(options, source)
     except (ValueError, OSError) as error:  # what the user can put right, before any work is done
-        print(f"hf-moe train: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"hf-moe train: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    finetune(text, trainer)
+    finetune(options, source, trainer)
     return 0
 
 
-def prepare(text: TextArguments, arguments: FinetuneArguments) -> Trainer:
-    """A stock `Trainer` with model, tokenizer, blocks of text and callbacks.
+# ---------------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the model comes from.
+
+    Attributes:
+        config: of the model.
+        tokenizer: folder or Hub id of the tokenizer.
+        build: makes the model.
+        records: files that tell where it comes from, for the output folder.
+        notes: what is worth saying about it, a sentence each.
+    """
+
+    config: Any
+    tokenizer: str | Path
+    build: Callable[[], Any]
+    records: dict[str, bytes] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def find_source(model: ModelArguments, upcycle: dict[str, Any]) -> ModelSource:
+    """What `--model` is, and how it is loaded, upcycled or imported; no weight is read.
 
     Raises:
-        ValueError: the model or a file cannot be used; the message says why and what to do.
+        ValueError: it cannot be used, or options do not fit it; the message says why and what to do.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, default_data_collator, set_seed
+    from hf_moe.conversion.in_memory import checkpoint_kind, plan_imported, plan_upcycled
+    from hf_moe.conversion.recipe_options import recipe_of
 
-    check_text_file("--train_file", text.train_file, text.text_field)
-    if text.eval_file is not None:
-        check_text_file("--eval_file", text.eval_file, text.text_field)
-    elif arguments.eval_strategy != "no":
-        raise ValueError("`--eval_strategy` is given, but there is nothing to evaluate on. Give `--eval_file`.")
-    config = _load_config(text)
-    _find_checkpoint(arguments)
-    tokenizer = AutoTokenizer.from_pretrained(text.model)
-    with arguments.main_process_first(desc="tokenising"):
-        blocks = [_blocks(text, tokenizer, option) for option in ("train_file", "eval_file")]
-    set_seed(arguments.seed)  # before the model: a router that the checkpoint lacks is drawn
-    is_moe = config.model_type == MoEConfig.model_type
-    return Trainer(
-        AutoModelForCausalLM.from_pretrained(text.model, config=config, dtype=text.dtype),
-        arguments,
-        train_dataset=blocks[0],
-        eval_dataset=blocks[1],
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
-        callbacks=[ExpertLoadCallback(), LossFreeBalancingCallback()] if is_moe else [],
+    wanted = sorted([*upcycle, *(["upcycle_config"] if model.upcycle_config else [])])
+    if f"{UPCYCLE}gguf_file" in upcycle:
+        config, kind = None, "dense"
+    else:
+        config = _load_config(model)
+        kind = checkpoint_kind(config.to_dict())
+    if kind != "dense" and wanted:
+        raise ValueError(f"`--{wanted[0]}`: `--model`={model.model!r} already is a Mixture-of-Experts. Leave it out.")
+    if model.keep_native and kind not in ("native", "moe"):
+        what = "a MoE of hf_moe" if kind == "ours" else "a dense model"
+        raise ValueError(f"`--keep_native`: `--model`={model.model!r} is {what}, no native MoE. Leave it out.")
+    if kind == "moe" and not model.keep_native:
+        raise ValueError(
+            f"`--model`={model.model!r} is a Mixture-of-Experts that cannot be imported into hf_moe. Train it as the class "
+            "that it is with `--keep_native`."
+        )
+    if wanted:
+        fields = {"source": model.model, "dtype": model.dtype, "trust_remote_code": model.trust_remote_code}
+        return _planned(plan_upcycled(recipe_of(upcycle, UPCYCLE, model.upcycle_config, **fields)), model)
+    if kind == "native" and not model.keep_native:
+        return _planned(plan_imported(model.model, model.dtype), model)
+    return ModelSource(config, model.model, partial(_load, model, config))
+
+
+def _planned(plan: Any, model: ModelArguments) -> ModelSource:
+    """A model that is made in memory."""
+    from hf_moe.auto import MoEConfig
+
+    def build() -> Any:
+        made = plan.build()
+        if model.attn_implementation is not None:
+            made.set_attn_implementation(model.attn_implementation)
+        return made
+
+    return ModelSource(MoEConfig.from_dict(plan.config), plan.companions or model.model, build, plan.records, plan.notes)
+
+
+def _load(model: ModelArguments, config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        model.model,
+        config=config,
+        dtype=model.dtype,
+        attn_implementation=model.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
     )
 
 
-def _load_config(text: TextArguments) -> Any:
-    """The config of `--model`, checked against the other options."""
+def _load_config(model: ModelArguments) -> Any:
+    """The config of `--model`."""
     from transformers import AutoConfig
 
-    name = text.model
+    import hf_moe.auto  # noqa: F401  registers our class
+
+    name = model.model
     remedy = "Give a folder that `save_pretrained` or `hf-moe upcycle` wrote, or the id of a model on the Hub."
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise ValueError(f"`--model`={name!r} is a folder without config.json. {remedy}")
     if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1):
         raise ValueError(f"`--model`={name!r} is not a folder. {remedy}")
     try:
-        config = AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except OSError as error:
         raise ValueError(f"`--model`={name!r} is no folder here, and not found on the Hub. {remedy}") from error
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and text.max_seq_length > longest:
-        raise ValueError(
-            f"`--max_seq_length`={text.max_seq_length} is more than the {longest} positions of the model. Lower it."
+
+
+# ---------------------------------------------------------------------- the training
+
+
+def prepare(options: Options, source: ModelSource) -> MoETrainer:
+    """A `MoETrainer` with model, tokenizer and sequences; what is cheap to check is checked first.
+
+    Raises:
+        ValueError: the model or a file cannot be used, or options contradict each other.
+    """
+    from transformers import default_data_collator, set_seed
+
+    from .data import PadCollator, check_documents_apart
+    from .trainer import MoETrainer
+
+    data, arguments = options.data, options.training
+    _check_options(data, arguments, source.config)
+    tokenizer = _load_tokenizer(options, source)
+    with arguments.main_process_first(desc="tokenising"):
+        sequences = _tokenise_all(data, tokenizer, arguments)
+    set_seed(arguments.seed)  # before the model: a router that the checkpoint lacks is drawn
+    model = source.build()
+    collator: Any = default_data_collator
+    if data.packing == "documents":
+        check_documents_apart(model)
+    elif data.packing == "false":
+        padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+        collator = PadCollator(padding)
+    try:
+        return MoETrainer(
+            model,
+            arguments,
+            train_dataset=sequences["train"],
+            eval_dataset=sequences.get("eval"),
+            processing_class=tokenizer,
+            data_collator=collator,
         )
-    return config
+    except Exception as error:
+        if not arguments.push_to_hub or isinstance(error, ValueError):
+            raise
+        raise ValueError(f"`--push_to_hub`: the repository cannot be made ({error}). Log in with `hf auth login`.") from error
+
+
+def _check_options(data: DataArguments, arguments: FinetuneArguments, config: Any) -> None:
+    """Refuse what can be known before anything is read."""
+    from .data_source import check_files, find_files
+
+    for option in ("train_file", "eval_file"):
+        patterns = getattr(data, option)
+        if patterns is not None:
+            files = find_files(f"--{option}", patterns)
+            check_files(f"--{option}", files, data)
+            setattr(data, option, files)
+    if data.train_file is not None and data.eval_file is None and data.validation_split_percentage is None:
+        _refuse_evaluation(arguments)
+    if data.streaming and arguments.max_steps <= 0:
+        raise ValueError("`--streaming` does not know how long the data is. Give `--max_steps`.")
+    if data.chat_template is not None and not os.path.isfile(data.chat_template):
+        raise ValueError(f"`--chat_template`={data.chat_template!r} is not a file. Give one with a Jinja template.")
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and data.max_seq_length > longest:
+        raise ValueError(
+            f"`--max_seq_length`={data.max_seq_length} is more than the {longest} positions of the model. Lower it."
+        )
+    _find_checkpoint(arguments)
+
+
+def _refuse_evaluation(arguments: FinetuneArguments) -> None:
+    if arguments.eval_strategy != "no":
+        raise ValueError(
+            "`--eval_strategy` is given, but there is nothing to evaluate on. Give `--eval_file` or "
+            "`--validation_split_percentage`."
+        )
 
 
 def _find_checkpoint(arguments: FinetuneArguments) -> None:
-    """Resolve `--resume_from_checkpoint true` to the newest checkpoint in the output folder, and check that it is there."""
-    from transformers.trainer_utils import get_last_checkpoint
+    """Resolve `--resume_from_checkpoint true` to the newest whole checkpoint in the output folder; check that it is there."""
+    from .checkpoints import last_whole_checkpoint, what_is_missing
 
-    wanted = arguments.resume_from_checkpoint
-    if wanted is None:
+    wanted = None if arguments.resume_from_checkpoint is None else str(arguments.resume_from_checkpoint)
+    arguments.resume_from_checkpoint = None
+    if wanted is None or wanted.lower() == "false":
         return
-    exists = os.path.isdir(arguments.output_dir if wanted.lower() == "true" else wanted)
-    found = None if not exists else get_last_checkpoint(arguments.output_dir) if wanted.lower() == "true" else wanted
-    if found is None:
+    found = last_whole_checkpoint(arguments.output_dir) if wanted.lower() == "true" else Path(wanted)
+    if found is None or not found.is_dir():
         raise ValueError(
             f"`--resume_from_checkpoint`={wanted!r}: no checkpoint there. Give a checkpoint-N folder, or `true` for the newest "
             "in `--output_dir`; or leave the option out to start afresh."
         )
-    arguments.resume_from_checkpoint = found
+    missing = what_is_missing(found)
+    if missing is not None:
+        raise ValueError(f"`--resume_from_checkpoint`={wanted!r}: {missing} is missing or cut short. Give another checkpoint.")
+    arguments.resume_from_checkpoint = str(found)
 
 
-def _blocks(text: TextArguments, tokenizer: PreTrainedTokenizerBase, option: str) -> Dataset | None:
-    path = getattr(text, option)
-    if path is None:
-        return None
-    return load_blocks(f"--{option}", path, tokenizer, text.max_seq_length, text.text_field)
+def _load_tokenizer(options: Options, source: ModelSource) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=options.model.trust_remote_code)
+    if options.data.chat_template is not None:
+        tokenizer.chat_template = Path(options.data.chat_template).read_text(encoding="utf-8")
+    return tokenizer
 
 
-def finetune(text: TextArguments, trainer: Trainer) -> dict[str, Any]:
+def _tokenise_all(data: DataArguments, tokenizer: Any, arguments: FinetuneArguments) -> dict[str, Any]:
+    """The sequences to train on, `"train"`, and to evaluate on, `"eval"`, if there are any."""
+    from .data import Layout, check_chats, tokenise
+    from .data_source import field_of, open_data
+
+    rows = open_data(data, arguments.seed)
+    if "eval" not in rows:
+        _refuse_evaluation(arguments)
+    sequences = {}
+    for role, (what, documents) in rows.items():
+        first = next(iter(documents), None)
+        if first is None:
+            raise ValueError(f"{what} has no rows. Give data with text.")
+        text_field = field_of(what, first, data)
+        assistant_only = text_field is None and check_chats(what, tokenizer, data.assistant_only_loss)
+        layout = Layout(data.packing, data.max_seq_length, text_field, data.messages_field, assistant_only)
+        sequences[role] = tokenise(documents, tokenizer, layout, what=what, workers=data.preprocessing_num_workers)
+    return sequences
+
+
+def finetune(options: Options, source: ModelSource, trainer: MoETrainer) -> dict[str, Any]:
     """Evaluate, train, evaluate, and write the results to the output folder.
 
-    Args:
-        text: is written beside the results.
-        trainer: of `prepare`.
-
     Returns:
-        What `metrics.json` holds: `eval_before` and `eval_after` (if there is held-out text), `train` and `log_history`.
+        What `metrics.json` holds: what the run was told about model and data, `eval_before` and `eval_after` (if there is
+        held-out text), `train` and `log_history`.
     """
-    results: dict[str, Any] = asdict(text)
+    from .results import told, write_results
+
+    results: dict[str, Any] = {**told(options.model, options.data, options.upcycle), "world_size": trainer.args.world_size}
+    first = trainer.is_world_process_zero()
+    for note in source.notes if first else []:
+        print(note)
     if trainer.eval_dataset is not None:
-        results["eval_before"] = _evaluate(trainer)
+        results["eval_before"] = trainer.evaluate()
     results["train"] = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
     if trainer.eval_dataset is not None:
-        results["eval_after"] = _evaluate(trainer)
+        results["eval_after"] = trainer.evaluate()
     results["log_history"] = trainer.state.log_history
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        _write_results(Path(trainer.args.output_dir or "."), results)
+    trainer.save_model(_internal_call=True)  # it is pushed at the end, with all that belongs to it
+    if first:
+        write_results(trainer, results, source.records)
+    trainer.accelerator.wait_for_everyone()
     return results
 
 
-def _evaluate(trainer: Trainer) -> dict[str, float]:
-    metrics = trainer.evaluate()
-    return {**metrics, "eval_perplexity": math.exp(min(metrics["eval_loss"], 700))}
-
-
-def _write_results(folder: Path, results: dict[str, Any]) -> None:
-    new = folder / f"{METRICS_FILE}.new"
-    new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(new, folder / METRICS_FILE)
-    load_file = folder / LOAD_FILE
-    if load_file.exists() and load_file.stat().st_size:
-        try:
-            plot_expert_load(load_file, folder / PICTURE_FILE)
-        except ImportError as error:
-            print(f"hf-moe train: no picture. {error}", file=sys.stderr)
-    if "eval_after" in results:
-        before, after = (results[f"eval_{when}"]["eval_loss"] for when in ("before", "after"))
-        print(f"held-out LM loss: {before:.4f} before, {after:.4f} after")
-    print(f"wrote {folder}")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    if not __package__:  # run as a file, whose folder must not hide modules of other libraries
+        sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
+    sys.exit(import_module("hf_moe.training.finetune").main())
