@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from families import text_config
 from hf_moe.training import ExpertLoadCallback, LossFreeBalancingCallback, read_expert_load
 from torch import nn
@@ -37,29 +37,29 @@ def build(native: bool, **fields: Any) -> Any:
         config = MixtralConfig(
             vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=4, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
-            initializer_range=0.2,
+            initializer_range=0.2, router_aux_loss_coef=0.0,  # its router loss depends on the cut
         )  # fmt: skip
         return MixtralForCausalLM(config)
     return MoEForCausalLM(MoEConfig(text_config=text_config("llama", initializer_range=0.2), num_experts=4, **fields))
 
 
-def expert_parallel(model: Any, world: int) -> Any:
+def expert_parallel(model: Any, world: int, folder: Path) -> Any:
     """The same weights, loaded by Transformers with the experts spread over all ranks."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)  # before there is a process group: every rank saves for itself
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo")
-        prefix = "model." if isinstance(model, MixtralForCausalLM) else "language_model.model."
-        plan = {prefix + name: rule for name, rule in EP_PLAN.items()}
-        how = DistributedConfig(ep_size=world, fsdp_size=world, ep_plan=plan, ep_implementation="all_to_all")
-        return AutoModelForCausalLM.from_pretrained(folder, distributed_config=how)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    model.save_pretrained(folder)  # the first rank writes
+    dist.barrier()
+    prefix = "model." if isinstance(model, MixtralForCausalLM) else "language_model.model."
+    plan = {prefix + name: rule for name, rule in EP_PLAN.items()}
+    how = DistributedConfig(ep_size=world, fsdp_size=world, ep_plan=plan, ep_implementation="all_to_all")
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=how)
 
 
 def run(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     model: nn.Module = build(job["native"], **job.get("fields", {}))
     if job["mode"] == "ep":
-        model = expert_parallel(model, world)
+        model = expert_parallel(model, world, folder / f"{job['name']}-model")
     options = {"ddp_backend": "gloo"} if world > 1 else {}
     if job["mode"] == "fsdp2":
         options |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
