@@ -9,36 +9,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_moe.parameter_counts import (
+    FIELD_NAMES,
+    HEAD,
+    LOOKUP,
+    SHARED,
+    ConfigFields,
+    idle_parameters,
+    layer_of,
+    own_weights,
+    routed_experts,
+)
+
 from .checkpoint_reader import Checkpoint, TensorInfo, open_checkpoint, read_json
 from .errors import ConversionError, one_line
 
-# What configs call the same thing, the commonest name first.
-_ALIASES = {
-    "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"),
-    "hidden_size": ("hidden_size", "n_embd", "d_model", "model_dim"),
-    "num_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads"),
-    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
-    "num_experts_per_tok": ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts",
-                            "experts_per_token", "num_selected_experts", "top_k"),
-    "num_shared_experts": ("num_shared_experts", "n_shared_experts", "moe_num_shared_experts", "num_shared_expert"),
-}  # fmt: skip
 # Fields that say how a router works, where a config has them.
 _ROUTER_FIELDS = ("scoring_func", "topk_method", "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor")
 _ATTENTION_TYPES = ("full_attention", "attention", "hybrid", "sliding_attention", "chunked_attention")
-
-_BUFFER = re.compile(r"(inv_freq|masked_bias|e_score_correction_bias|expert_bias|position_ids|\.attn\.bias|\.attention\.bias)$")
-_LAYER = re.compile(r"\.(\d+)\.")
-_ONE_EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
-_STACKED_EXPERTS = re.compile(r"(?:^|\.)experts\.(?!\d|act)")
-_SHARED = re.compile(r"(?:^|\.)(shared_experts?|shared_mlp|residual_ffn)\.")
-_HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|output_layer|output_projection|head)\.weight$")
-_LOOKUP = re.compile(r"(?:embed|wte|wpe)[^.]*\.weight$")
 
 
 @dataclass(frozen=True)
@@ -151,24 +144,24 @@ def inspect_tensors(
     source: str, config: Mapping[str, Any], tensors: Iterable[TensorInfo], context_length: int | None = None
 ) -> Inspection:
     """Inspect what config.json and headers say; arguments as fields of `Inspection`."""
-    fields = _Fields(config)
+    fields = ConfigFields(config)
     stored = list(tensors)
-    num_layers = fields.number("num_layers") or 1 + max((_layer_of(t.name) for t in stored), default=-1)
+    num_layers = fields.number("num_layers") or 1 + max((layer_of(t.name) for t in stored), default=-1)
     if num_layers < 1:
         raise ConversionError(f"{source}: config.json has no `num_hidden_layers`. Give a checkpoint of a causal LM.")
     if context_length is None:
         longest = fields.value("max_position_embeddings", "n_positions", "max_seq_len")
         context_length = min(4096, longest) if isinstance(longest, int) and longest > 0 else 4096
-    weights = [t for t in _without_tied_head(stored, fields) if not _BUFFER.search(t.name) and _layer_of(t.name) < num_layers]
-    experts, routed = _routed_experts(weights, fields)
-    unused = _unused_parameters(experts, routed, fields)
+    weights = own_weights(stored, fields)
+    experts, routed = routed_experts(weights, fields)
+    unused = idle_parameters(experts, routed, fields)
     matrices = _matmul_parameters(weights, fields)
-    idle = _unused_parameters(experts, [t for t in routed if _is_matrix(t)], fields)
+    idle = idle_parameters(experts, [t for t in routed if _is_matrix(t)], fields)
     dtypes: dict[str, int] = {}
     for tensor in stored:
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.nbytes
     parameters = sum(t.numel for t in weights)
-    shared = sum(t.numel for t in weights if _SHARED.search(t.name))
+    shared = sum(t.numel for t in weights if SHARED.search(t.name))
     architectures = config.get("architectures") or ["unknown architecture"]
     quantization = config.get("quantization_config")
     return Inspection(
@@ -192,86 +185,22 @@ def inspect_tensors(
     )
 
 
-class _Fields:
-    """A config.json, its sub-configs of the language model included, by any of the names that a field has."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        nested = [config[name] for name in ("text_config", "ffn_config") if isinstance(config.get(name), dict)]
-        self._levels = [config, *nested]
-
-    def value(self, *names: str) -> Any:
-        """The first that is there and not null."""
-        return next((level[n] for level in self._levels for n in names if level.get(n) is not None), None)
-
-    def number(self, what: str) -> int | None:
-        """One of `_ALIASES`; of a list, the largest."""
-        value = self.value(*_ALIASES[what])
-        if isinstance(value, list):
-            value = max((v for v in value if isinstance(v, int)), default=None)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _layer_of(name: str) -> int:
-    """Index of the decoder layer that a tensor belongs to; -1: none."""
-    found = _LAYER.search(name)
-    return int(found.group(1)) if found else -1
-
-
 def _is_matrix(tensor: TensorInfo) -> bool:
     return len(tensor.shape) >= 2 and not tensor.name.endswith("bias")
 
 
-def _without_tied_head(tensors: list[TensorInfo], fields: _Fields) -> list[TensorInfo]:
-    """A head that is tied and stored all the same is left out."""
-    if not fields.value("tie_word_embeddings"):
-        return tensors
-    tables = {t.shape for t in tensors if _LOOKUP.search(t.name) and not _HEAD.search(t.name)}
-    return [t for t in tensors if not (_HEAD.search(t.name) and t.shape in tables)]
-
-
-def _routed_experts(weights: list[TensorInfo], fields: _Fields) -> tuple[dict[int, int], list[TensorInfo]]:
-    """Number of experts by layer, and the experts' tensors."""
-    configured = fields.number("num_experts") or 0
-    experts: dict[int, int] = {}
-    routed = []
-    for tensor in weights:
-        one, layer = _ONE_EXPERT.search(tensor.name), _layer_of(tensor.name)
-        stacked = len(tensor.shape) == 3 and tensor.shape[0] == configured > 1
-        if one:
-            experts[layer] = max(experts.get(layer, 0), int(one.group(1)) + 1)
-        elif stacked or (_STACKED_EXPERTS.search(tensor.name) and configured > 1):
-            experts[layer] = configured
-        else:
-            continue
-        routed.append(tensor)
-    return dict(sorted(experts.items())), routed
-
-
-def _unused_parameters(experts: dict[int, int], routed: list[TensorInfo], fields: _Fields) -> int | None:
-    """Of the experts that a token is not sent to."""
-    if not experts:
-        return 0
-    top_k = fields.number("num_experts_per_tok")
-    if top_k is None:
-        return None
-    sizes = dict.fromkeys(experts, 0)
-    for tensor in routed:
-        sizes[_layer_of(tensor.name)] += tensor.numel
-    return sum(size * max(experts[layer] - top_k, 0) // experts[layer] for layer, size in sizes.items())
-
-
-def _matmul_parameters(weights: list[TensorInfo], fields: _Fields) -> int:
+def _matmul_parameters(weights: list[TensorInfo], fields: ConfigFields) -> int:
     """Of the matrices that tokens are multiplied with; the head's also where it is tied to the embedding."""
-    heads = [t for t in weights if _HEAD.search(t.name)]
-    tables = [t for t in weights if _LOOKUP.search(t.name) and not _HEAD.search(t.name) and len(t.shape) == 2]
+    heads = [t for t in weights if HEAD.search(t.name)]
+    tables = [t for t in weights if LOOKUP.search(t.name) and not HEAD.search(t.name) and len(t.shape) == 2]
     looked_up = {t.name for t in tables}
     vocabulary = fields.value("vocab_size")
     tied = [] if heads else [t for t in tables if t.shape[0] == vocabulary][:1]
     return sum(t.numel for t in [*weights, *tied] if _is_matrix(t) and t.name not in looked_up) + sum(t.numel for t in tied)
 
 
-def _attention_flops(fields: _Fields, num_layers: int, context: int) -> int | None:
-    hidden, heads = fields.number("hidden_size"), fields.value(*_ALIASES["num_heads"])
+def _attention_flops(fields: ConfigFields, num_layers: int, context: int) -> int | None:
+    hidden, heads = fields.number("hidden_size"), fields.value(*FIELD_NAMES["num_heads"])
     if hidden is None or heads is None:
         return None
     per_layer = heads if isinstance(heads, list) else [heads] * num_layers
@@ -292,7 +221,7 @@ def _attention_flops(fields: _Fields, num_layers: int, context: int) -> int | No
     return total
 
 
-def _router(config: Mapping[str, Any], fields: _Fields) -> str:
+def _router(config: Mapping[str, Any], fields: ConfigFields) -> str:
     kind = config.get("router_type") or f"{config.get('model_type')}'s own"
     known = {name: fields.value(name) for name in _ROUTER_FIELDS if fields.value(name) is not None}
     if config.get("model_type") == "hf_moe":  # there every config has every field, whether its router reads it or not

@@ -19,11 +19,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.generic import can_return_tuple
 
 from .balance import BatchBalance
+from .callers_loss import Backbone, CallersLoss
 from .checkpoint_names import checkpoint_conversion, fused_state_dict
 from .configuration_moe import BATCH_ROUTERS, NOISY_ROUTERS, MoEConfig
 from .dense_ffn import UnsupportedArchitectureError, find_ffns
 from .moe_layer import MoELayer
 from .native_blocks import experts_field, find_native_blocks
+from .parameter_counts import Shape, count_parameters
 from .record import RoutingRecord, checkpoint_with_record, record_routing, token_mask
 
 # A loss's name in outputs, and the field with its coefficient.
@@ -101,6 +103,8 @@ class MoEPreTrainedModel(PreTrainedModel):
             layer = MoELayer(config=config, num_experts=num_experts, **site.layer_arguments(self.language_model))
             site.replace(self.language_model, layer)
             self._keep_in_fp32_modules_strict.append(f"{site.moe_path}.gate.")
+        if shells and hasattr(text_config, "router_aux_loss_coef"):
+            text_config.router_aux_loss_coef = 0.0  # TRL would compute it of the dense model, which has one expert
         self._is_stateful = any(m._is_stateful for m in self.language_model.modules() if isinstance(m, PreTrainedModel))
         self._routing_listeners: list[_Listener] = []
 
@@ -135,12 +139,8 @@ class MoEPreTrainedModel(PreTrainedModel):
 
         Of routers that do not fix the number of experts of a token, K is the average.
         """
-        count = float(self.num_parameters(exclude_embeddings=exclude_embeddings))
-        for layer in self.moe_layers:
-            sizes = [parameter.numel() for parameter in layer.experts.parameters()]
-            stacked = max(layer.experts.parameters(), key=torch.Tensor.numel)  # of an expert-parallel rank: its own experts
-            count -= sum(sizes) * (1 - layer.top_k / stacked.shape[0])
-        return round(count)
+        counts = count_parameters([Shape(n, tuple(p.shape)) for n, p in self.named_parameters()], self.config.to_dict())
+        return self.num_parameters(exclude_embeddings=exclude_embeddings) - counts.total + (counts.active or counts.total)
 
     # ------------------------------------------------------------------ hooks of PreTrainedModel
 
@@ -329,6 +329,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         self._replace_ffns()
         self._accepted = _accepted_arguments(self.language_model)
         self._balance = BatchBalance(config.balance_scope)
+        self.callers_loss = CallersLoss()
         self.post_init()
 
     @can_return_tuple
@@ -376,6 +377,43 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             router_logits=_router_logits(record) if keep_logits else None,
             **router_losses,
         )
+
+    @property
+    def base_model(self) -> Any:
+        """The decoder, under a record: what trainers call that apply the LM head themselves (TRL's)."""
+        dense = getattr(self, "language_model", self)
+        return dense if dense is self else Backbone(self.decode, dense)
+
+    @can_return_tuple
+    def decode(
+        self, input_ids: Tensor | None = None, output_router_logits: bool | None = None, **kwargs: Any
+    ) -> MoeModelOutputWithPast:
+        """The hidden states that the LM head gets; in training they carry the router losses (see `hf_moe.callers_loss`)."""
+        keep_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        names = ("attention_mask", "past_key_values", "inputs_embeds", "use_cache")
+        inputs = {"input_ids": input_ids, **dict.fromkeys(names), **kwargs}
+        in_training = self.training and torch.is_grad_enabled()
+        measure = in_training or keep_logits or self._has_listeners()
+        outputs, record = self._run(self._call_decoder, measure, keep_logits, inputs)
+        hidden_states = outputs.last_hidden_state
+        if in_training:
+            _, losses = self._total_loss(None, record, inputs)
+            weighted = [c * losses[name] for name, c in self.loss_coefficients.items() if c and name in losses]
+            if weighted:
+                hidden_states = self.callers_loss.carry(hidden_states, torch.stack(weighted).sum(), self.parameters())
+        self._tell_listeners(record)
+        return MoeModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            router_logits=_router_logits(record) if keep_logits else None,
+        )
+
+    def _call_decoder(self, **inputs: Any) -> Any:
+        decoder = self.language_model.base_model
+        accepted = _accepted_arguments(decoder)
+        return decoder(**{name: value for name, value in inputs.items() if accepted is None or name in accepted})
 
     def _call_language_model(self, **inputs: Any) -> Any:
         """The dense causal LM; arguments of a loss that it cannot take are applied here."""

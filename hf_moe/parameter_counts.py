@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 # What configs call the same thing, the commonest name first.
 FIELD_NAMES = {
@@ -42,6 +42,13 @@ class NamedShape(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+
+class Shape(NamedTuple):
+    """The name and the shape of a parameter."""
+
+    name: str
+    shape: tuple[int, ...]
 
 
 Tensors = TypeVar("Tensors", bound=NamedShape)

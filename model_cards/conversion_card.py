@@ -47,7 +47,7 @@ def conversion_card(
         config: content of its config.json.
         tensors: that it has.
         kind: of `Stage`, e.g. `"upcycling"`.
-        report: content of the converter's report: `parents` (see `describe_parent`), `promise`, `format`, and what was measured.
+        report: content of its report: `parents` (see `describe_parent`), `promise`, `format`, and what was measured.
         method: how the experts of an upcycling were made.
         recipe: of an upcycling, as YAML.
         files: names of the files that go along.

@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from families import text_config
 from hf_moe.training import ExpertLoadCallback, LossFreeBalancingCallback, read_expert_load
 from torch import nn
+from torch.distributed.tensor import DTensor
 from trainer_cut import NUM_SEQUENCES, collate, sequences
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
@@ -70,12 +73,15 @@ def run(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         report_to="none", disable_tqdm=True, learning_rate=1e-3,
         **({"gradient_accumulation_steps": job["accumulation"]} | options | job.get("options", {})),
     )  # fmt: skip
+    if args.fsdp:  # on CPUs Accelerate takes no notice of FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     args.per_device_train_batch_size = NUM_SEQUENCES // job["accumulation"] // world
     trainer = Trainer(
         model, args, train_dataset=sequences(), data_collator=collate,
         callbacks=[ExpertLoadCallback(), LossFreeBalancingCallback()],
     )  # fmt: skip
     trainer.train()
+    assert not args.fsdp or all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
     logs = [row for row in trainer.state.log_history if "loss" in row]
     biases = [b.tolist() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
     found = {"logs": logs, "biases": biases, "total_flos": trainer.state.total_flos}

@@ -167,7 +167,7 @@ def spied(model: nn.Module) -> Iterator[dict[str, list[Executed]]]:
         read, of_arguments = _SPIES.get(name, (_of_call, True))
         if name == "Embedding" and path.endswith("up_embed"):
             read = _of_doge
-        elif name not in _SPIES and not (re.fullmatch(r"\w+Experts", name) and path.endswith(".experts")):
+        elif name not in _SPIES and not (re.fullmatch(r"\w+Experts", name) and re.search(r"\.experts(\.base_layer)*$", path)):
             continue
         if path.endswith("self_attention.experts.router"):  # JetMoE's attention, which is left out
             continue

@@ -611,8 +611,10 @@ def test_refused_arguments(arguments: dict, message: str) -> None:
     {"router_type": "hash"}, {"router_type": "expert_choice", "allow_non_causal": True}, {"router_type": "strictly_balanced"},
 ])  # fmt: skip
 def test_refused_routers(tmp_path: Path, fields: dict, action: str) -> None:
+    model = build(**fields)
     with pytest.raises(ValueError, match=f"`action`='{action}' does not fit `router_type`='{fields['router_type']}'"):
-        trainer(build(**fields), tmp_path, [DeadExpertCallback(action)]).train()
+        trainer(model, tmp_path, [DeadExpertCallback(action)]).train()
+    assert model._routing_listeners == []
     trainer(build(**fields), tmp_path, [DeadExpertCallback("warn")], max_steps=1).train()
 
 

@@ -588,8 +588,8 @@ def test_a_card_that_fails_does_not_lose_the_run(place: Path, tmp_path: Path, mo
 # ---------------------------------------------------------------------- launching
 
 LAUNCHERS = {
-    "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                   "--mixed_precision", "no", "--dynamo_backend", "no"],
+    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                   "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"],
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
 }  # fmt: skip
 

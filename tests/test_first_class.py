@@ -164,7 +164,7 @@ def test_embeddings_and_decoder() -> None:
     assert model.get_input_embeddings() is model.language_model.model.embed_tokens
     assert model.get_output_embeddings() is model.language_model.lm_head
     assert model.get_decoder() is model.language_model.model
-    assert model.base_model is model.language_model
+    assert model.base_model.get_decoder() is model.language_model.model
     assert model.can_generate()
     assert not tiny(cls=MoEModel).can_generate()
     head = torch.nn.Linear(32, 128, bias=False)

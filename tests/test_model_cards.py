@@ -223,6 +223,24 @@ def test_recipe_with_fences_and_markers(dense: Path, tmp_path: Path) -> None:
     assert render_card(tmp_path / "moe") == card
 
 
+def test_import_is_a_stage(tmp_path: Path, hub_cache: Any) -> None:
+    """What an import writes beside the weights, measured or not."""
+    hub_cache("org/mixtral", native("mixtral"), "---\nlicense: mit\n---\n")
+    report = {"kind": "import", "format": "mixtral", "parents": [describe_parent("org/mixtral")]}
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "conversion_report.json").write_text(json.dumps(report))
+    card = render_card(tmp_path)
+    assert "1. Imported (format `mixtral`) from [org/mixtral](https://huggingface.co/org/mixtral) (licence `mit`)." in card
+    data = data_of(card)
+    assert (data["base_model"], data["license"], "upcycled" in data["tags"]) == ("org/mixtral", "mit", False)
+    assert "## How exactly" not in card
+    measured = {"max_abs_diff": 0.0, "mean_abs_diff": 0.0, "dense_loss": 4.5, "moe_loss": 4.5, "tokens": 128,
+                "dtype": "float32", "names": ["source", "result"], "verdict": "function preserved"}  # fmt: skip
+    (tmp_path / "conversion_report.json").write_text(json.dumps({**report, **measured}))
+    rows = rows_of(render_card(tmp_path), "How exactly it computes what it was made of")
+    assert (rows["LM loss, source"], rows["verdict"]) == ("4.5", "**function preserved**")
+
+
 def test_parents_licence_that_is_none(dense: Path, tmp_path: Path) -> None:
     """A conversion does not fail over the card of its source."""
     for readme in ("---\nlicense: Apache 2.0\n---\n", "---\nlicense: [\n---\n", "---\nlicense: [mit, gpl]\n---\n"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
+import importlib
+import io
 import json
 import os
 import subprocess
@@ -75,9 +78,9 @@ def test_tables_mean_something() -> None:
     """New MoEs of Transformers are in `TYPES` by themselves. Rows of tables that no longer mean anything have to go."""
     assert len(TYPES) > 50
     assert set(MOE_FIELDS) | set(NO_EXPERTS) <= set(TYPES)
-    files = [getattr(transformers.models, name) for name in ("ernie4_5_vl_moe", "nllb_moe", "switch_transformers")]
-    classes = {name for file in files for name in dir(sys.modules[f"{file.__name__}.modeling_{file.__name__.split('.')[-1]}"])}
-    assert {*ODD_BLOCKS, *LEFT_OUT} <= classes | classes_of_types()
+    others = ("ernie4_5_vl_moe", "nllb_moe", "switch_transformers")  # not among the causal LMs
+    files = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in others]
+    assert {*ODD_BLOCKS, *LEFT_OUT} <= classes_of_types().union(*(dir(file) for file in files))
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -117,7 +120,8 @@ def test_gemma4_probabilities() -> None:
 def test_left_out(class_name: str) -> None:
     config_class = getattr(transformers, f"{class_name}Config")
     sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "num_experts": 2,
-             "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}  # fmt: skip
+             "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16,
+             "encoder_sparse_step": 1}  # fmt: skip
     model = getattr(transformers, f"{class_name}Model")(config_class(**sizes))
     assert any(type(module).__name__ in LEFT_OUT for module in model.modules())
     assert watch_native_routing(model, print) is None
@@ -157,6 +161,8 @@ def test_experts_implementation(model_type: str, implementation: str) -> None:
 def test_dtype(model_type: str, dtype: torch.dtype) -> None:
     """More tokens than bf16 can count."""
     model, batch = native_moe(model_type).to(dtype), padded("left", (700, 650))
+    if dtype == torch.float64 and model_type != "llama4_text":
+        model.set_experts_implementation("eager")
     record = check(model, batch)
     assert max(max(row) for row in counts(record)) > 256
     if dtype == torch.float64:
@@ -310,7 +316,7 @@ def test_blocks_that_run_twice_or_not_at_all(caplog: pytest.LogCaptureFixture) -
     watch, records = watched(model)
     first, second = model.model.layers[0], model.model.layers[1]
     model.model.layers = nn.ModuleList([first, first, second])  # the third is skipped
-    model(**batch)
+    model(**batch, use_cache=False)
     watch.remove()
     assert [layer.sums["tokens"].item() for layer in records[0].layers] == [28, 14, 0]
     assert [sum(row) for row in counts(records[0])] == [56, 28, 0]
@@ -331,6 +337,20 @@ def test_logits_are_let_go() -> None:
     assert model.config.output_router_logits is False
     watch.remove()
     assert not hooks_of(model)
+
+
+def test_copies_tell_nobody() -> None:
+    model, batch = native_moe("mixtral"), padded("right")
+    watch, records = watched(model, in_eval=True)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        copied(**batch)
+        assert not records
+    model(**batch)
+    assert len(records) == 1
+    watch.remove()
 
 
 class Gate(nn.Linear):
@@ -474,11 +494,11 @@ def test_no_bias() -> None:
 # ---------------------------------------------------------------------- wrappers
 
 ADAPTERS = {
-    "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "attention": {"target_modules": ["q_proj", "q_a_proj"]},
     "experts": {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
     "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
-    "saved router": {"target_modules": ["q_proj"], "modules_to_save": ["gate"]},
-    "saved block": {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
+    "saved router": {"target_modules": ["q_proj", "q_a_proj"], "modules_to_save": ["gate"]},
+    "saved block": {"target_modules": ["q_proj", "q_a_proj"], "modules_to_save": ["mlp"]},
 }
 
 
@@ -524,40 +544,39 @@ def forget_compiled_code() -> Any:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("model_type", ["mixtral", "glm4_moe"])
-def test_compile(model_type: str, checkpointing: bool, forget_compiled_code: None) -> None:
-    """One graph, with and without a watch that came after it was compiled."""
-    model = native_moe(model_type)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile(backend: str, forget_compiled_code: None) -> None:
+    """In one graph with its checkpoint, also for a watch that came after it was compiled."""
+    model = native_moe("mixtral", num_hidden_layers=1)
     model.set_experts_implementation("grouped_mm")
     batches = [padded(side, seed=seed) for seed, side in enumerate(("right", "left"))]
-    expected = [counts(check(model, batch)) for batch in batches]
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    losses = [compiled(**batch, use_cache=False).loss.item() for batch in batches]
-    for _ in range(2):
-        watch, records = watched(compiled if checkpointing else model)
-        for batch in batches:
-            compiled(**batch, use_cache=False).loss.backward()
-        watch.remove()
-        assert [counts(record) for record in records] == expected
-        assert [record.lm_loss.item() for record in records if record.lm_loss is not None] == losses
-    model.eval()
-    compiled(**batches[0], use_cache=False)
+    expected = [check(model, batch) for batch in batches]
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    if backend == "eager":
+        compiled(**batches[0], use_cache=False)
+    watch, records = watched(model)
+    for batch in batches:
+        compiled(**batch, use_cache=False).loss.backward()
+    watch.remove()
+    for record, plain in zip(records, expected, strict=True):
+        assert counts(record) == counts(plain)
+        torch.testing.assert_close(record.lm_loss, plain.lm_loss)
+        assert not any(value.requires_grad for value in (*record.terms.values(), record.lm_loss))
+    compiled(**batches[0], use_cache=False)  # what is left in the graph tells nobody
     assert len(records) == 2
 
 
 def test_compiled_layers(forget_compiled_code: None) -> None:
-    """As `accelerate` compiles regions: hooks in graphs, the forward around them not."""
-    model, batch = native_moe("mixtral"), padded("right")
+    """As `accelerate` compiles regions: the blocks' hooks in graphs, the forward around them not."""
+    model, batch = native_moe("mixtral", num_hidden_layers=2), padded("right")
     model.set_experts_implementation("grouped_mm")
     expected = counts(check(model, batch))
     for index, layer in enumerate(model.model.layers):
-        model.model.layers[index] = torch.compile(layer, backend="aot_eager")
+        model.model.layers[index] = torch.compile(layer, backend="eager")
     watch, records = watched(model)
     model(**batch).loss.backward()
-    assert watch.layers == [0, 1, 2]
+    assert watch.layers == [0, 1]
     assert counts(records[0]) == expected
     watch.remove()
 

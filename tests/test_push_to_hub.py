@@ -150,9 +150,7 @@ def test_stale_weights_go(hub: FakeHub, upcycled: Path, tmp_path: Path) -> None:
     assert (tmp_path / "arrived" / "tokenizer.json").read_bytes() == (upcycled / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "refused", ["PUT /lfs", "lfs/objects/batch", "/commit/main", "validate-yaml"]
-)
+@pytest.mark.parametrize("refused", ["PUT /lfs", "lfs/objects/batch", "/commit/main", "validate-yaml"])
 def test_a_failed_push_leaves_the_repository_as_it_was(refused: str, hub: FakeHub, upcycled: Path) -> None:
     push_to_hub(upcycled, "me/moe", token=TOKEN)
     state = [dict(commit) for commit in hub.repositories["me/moe"].commits]

@@ -31,11 +31,11 @@ def demo_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_python_runs(demo_files: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert {"my-moe", "my-run", "my-tuned-moe"} <= set(os.listdir(demo_files))
-    assert (demo_files / "my-run" / "expert_load.jsonl").exists()
+    assert (demo_files / "my-run" / "expert_load.safetensors").exists()
 
 
 def test_presets_table() -> None:

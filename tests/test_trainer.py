@@ -427,6 +427,12 @@ def worker(folder: str) -> None:
     )  # fmt: skip
     run.train()
     found["logs"] = logs(run)
+    for first in (False, True):  # an evaluation must not keep the model from being trained together
+        run = moe_trainer(tiny(), Path(folder), per_device_train_batch_size=4, ddp_backend="gloo", bf16=True)
+        if first:
+            run.evaluate()
+        run.train()
+        found[f"trained_{first}"] = [(row["loss"], row["grad_norm"]) for row in logs(run)]
     Path(folder, f"rank{run.args.process_index}.json").write_text(json.dumps(found))
 
 
@@ -438,6 +444,9 @@ def test_two_ranks(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     expected = token_weighted_loss(tiny())
+    alone = moe_trainer(tiny(), tmp_path, bf16=True)
+    alone.train()
+    together = [(row["loss"], row["grad_norm"]) for row in logs(alone)]
     for rank in (0, 1):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         for batch in (3, 5):
@@ -445,6 +454,9 @@ def test_two_ranks(tmp_path: Path) -> None:
             assert found[f"eval_{batch}"]["eval_tokens"] == TOKENS
         assert [row["lr/router"] for row in found["logs"]] == pytest.approx([1e-3, 5e-4])
         assert "lr/experts" not in found["logs"][0]
+        assert found["trained_True"] == found["trained_False"]
+        for got, wanted in zip(found["trained_True"], together, strict=True):
+            assert got == pytest.approx(wanted, rel=2e-2)  # bfloat16
 
 
 # ---------------------------------------------------------------------- checkpoints

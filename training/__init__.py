@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .callbacks import ExpertLoadCallback, LossFreeBalancingCallback
     from .dead_experts import DeadExpertCallback
     from .load_file import read_expert_load
-    from .lora import export_expert_adapters, moe_lora_config
+    from .lora import export_expert_adapters, lora_summary, moe_lora_config
     from .metrics import RoutingWindow, load_metrics
     from .plots import plot_expert_load, plot_load_heat_map
     from .report import write_report
@@ -32,6 +32,7 @@ _HOMES = {
     "RoutingWindow": "metrics",
     "export_expert_adapters": "lora",
     "load_metrics": "metrics",
+    "lora_summary": "lora",
     "moe_lora_config": "lora",
     "plot_expert_load": "plots",
     "plot_load_heat_map": "plots",
@@ -62,6 +63,7 @@ __all__ = [
     "RoutingWindow",
     "export_expert_adapters",
     "load_metrics",
+    "lora_summary",
     "moe_lora_config",
     "plot_expert_load",
     "plot_load_heat_map",

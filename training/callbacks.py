@@ -20,8 +20,9 @@ from .alarms import Alarm, AlarmBell, AlarmThresholds
 from .flops import FlopsMeter, active_parameters, peak_flops
 from .load_file import LOAD_FILE, ExpertLoadFile
 from .metrics import RoutingWindow, load_metrics
+from .native_routing import bias_of
 from .reporting import move_before_reporters
-from .watching import RoutingWatch, bias_of, watch_routing
+from .watching import RoutingWatch, watch_routing
 
 logger = logging.get_logger(__name__)
 
@@ -47,14 +48,34 @@ class RoutingCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._stop()
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell the model how many micro-batches the step has, for trainers that make the loss themselves (TRL's)."""
+        callers_loss = getattr(self.watch.model, "callers_loss", None) if self.watch is not None else None
+        if callers_loss is not None:
+            callers_loss.accumulation_steps = _micro_batches(args, state, kwargs.get("train_dataloader"))
+
     def _listen(self, record: RoutingRecord) -> None:
         self.window.add(record)
 
     def _stop(self) -> None:
         self.window.clear()
         if self.watch is not None:
+            callers_loss = getattr(self.watch.model, "callers_loss", None)
+            if callers_loss is not None:
+                callers_loss.accumulation_steps = None
             self.watch.remove()
             self.watch = None
+
+
+def _micro_batches(args: TrainingArguments, state: TrainerState, loader: Any) -> int:
+    """How many micro-batches the coming optimizer step has: as `Trainer` cuts an epoch, its last step may have fewer."""
+    most = args.gradient_accumulation_steps
+    try:
+        batches = len(loader)
+    except TypeError:  # an iterable dataset
+        return most
+    steps = -(-batches // most)
+    return batches % most or most if state.global_step % steps == steps - 1 else most
 
 
 def saved_state(callback: TrainerCallback, state: TrainerState) -> dict[str, Any]:
@@ -66,7 +87,7 @@ def saved_state(callback: TrainerCallback, state: TrainerState) -> dict[str, Any
     name = type(callback).__name__
     states: Any = state.stateful_callbacks
     found = states.setdefault(name, callback.state())  # type: ignore[attr-defined]
-    found = found[0] if isinstance(found, list) else found
+    found = found[-1] if isinstance(found, list) else found  # `Trainer` appends to a list at every checkpoint
     return found.get("attributes", {}) if state.global_step else {}
 
 
@@ -132,7 +153,7 @@ class ExpertLoadCallback(RoutingCallback, ExportableState):
         )
         first = state.is_world_process_zero
         self.window.restore(saved.get("window", {}), args.device, first)
-        active, total = active_parameters(kwargs["model"], self.watch)
+        active, total = active_parameters(self.watch)
         self._flops = FlopsMeter(active, total, self._peak_flops or peak_flops(), seen=state.total_flos)
         self._trainer_state = state
         if first:
@@ -141,6 +162,7 @@ class ExpertLoadCallback(RoutingCallback, ExportableState):
             self._file.keep(self._logged_step)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_step_begin(args, state, control, **kwargs)
         if self._flops is not None:
             self._flops.start_step()
 
@@ -249,6 +271,14 @@ class LossFreeBalancingCallback(RoutingCallback):
         super().on_train_begin(args, state, control, **kwargs)
         assert self.watch is not None
         if any(bias_of(router) is None for router in self.watch.routers):
+            self._stop()
+        elif hasattr(kwargs["model"], "peft_config") and not any(
+            parameter.requires_grad for router in self.watch.routers for parameter in router.parameters()
+        ):
+            logger.warning(
+                "The adapter being trained does not hold the routers, so the bias of loss-free balancing stays as it is: it "
+                "would not be saved. To move it, give `router=True` to `moe_lora_config`."
+            )
             self._stop()
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -123,14 +123,11 @@ class DeadExpertCallback(RoutingCallback, ExportableState):
         super().on_train_begin(args, state, control, **kwargs)
         assert self.watch is not None
         saved = self._saved(state)
-        if self.action == "explore":
-            self._routers = self._exploring_routers()
-        elif self.action == "reinit":
-            refuse_flat_parameters("`action`='reinit'", args, kwargs["model"])
-            self._refuse_balanced_routers()
-            self._layers = stacked_layers(self.watch)
-            for layer in self._layers:
-                layer.check(kwargs["optimizer"])
+        try:
+            self._prepare(args, kwargs["model"], kwargs.get("optimizer"))
+        except ValueError:
+            self._stop()  # no listener stays behind
+            raise
         self._sizes_L1 = torch.tensor(self.watch.num_experts, dtype=torch.float64).unsqueeze(1)
         shape = (len(self.watch.num_experts), max(self.watch.num_experts))
         self._streak_LE = _dense(saved.get("streaks", {}), shape, torch.int64)
@@ -190,15 +187,31 @@ class DeadExpertCallback(RoutingCallback, ExportableState):
         self._forget()
 
     def _saved(self, state: TrainerState) -> dict[str, Any]:
-        """What a checkpoint kept of a callback with these arguments, or of the only one; nothing at the first step."""
+        """What a checkpoint kept of the callback (of several: of the one with these arguments); nothing at the first step."""
         own = self.state()
         kept: Any = state.stateful_callbacks
         found = kept.setdefault(type(self).__name__, own)  # `Trainer` saves only what has a name there
-        entries = found if isinstance(found, list) else [found]  # `Trainer` appends to the list with every checkpoint
-        like_this = [entry for entry in entries if entry["args"] == own["args"]] or entries
-        return like_this[-1]["attributes"].get("_restored", {}) if state.global_step else {}
+        if isinstance(found, list):  # of several callbacks; `Trainer` appends to it with every checkpoint
+            found = next((entry for entry in reversed(found) if entry["args"] == own["args"]), own)
+        return found["attributes"].get("_restored", {}) if state.global_step else {}
 
     # ------------------------------------------------------------------ what fits
+
+    def _prepare(self, args: TrainingArguments, model: nn.Module, optimizer: Any) -> None:
+        """Find what the action acts on.
+
+        Raises:
+            ValueError: it cannot be done to this model.
+        """
+        assert self.watch is not None
+        if self.action == "explore":
+            self._routers = self._exploring_routers()
+        elif self.action == "reinit":
+            refuse_flat_parameters("`action`='reinit'", args, model)
+            self._refuse_balanced_routers()
+            self._layers = stacked_layers(self.watch)
+            for layer in self._layers:
+                layer.check(optimizer)
 
     def _exploring_routers(self) -> list[Router]:
         assert self.watch is not None

@@ -283,13 +283,17 @@ def finetune(options: Options, source: ModelSource, trainer: MoETrainer) -> dict
     """
     from .results import told, write_results
 
-    results: dict[str, Any] = {**told(options.model, options.data, options.upcycle), "world_size": trainer.args.world_size}
+    arguments = trainer.args
+    results: dict[str, Any] = {**told(options.model, options.data, options.upcycle), "world_size": arguments.world_size}
     first = trainer.is_world_process_zero()
     for note in source.notes if first else []:
         print(note)
-    if trainer.eval_dataset is not None:
-        results["eval_before"] = trainer.evaluate()
-    results["train"] = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+    # the first evaluation is a part of the training, so that its log, and that of a resumed one, has it once
+    arguments.eval_on_start = trainer.eval_dataset is not None and arguments.resume_from_checkpoint is None
+    results["train"] = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint).metrics
+    before = [row for row in trainer.state.log_history if row["step"] == 0 and "eval_loss" in row]
+    if before:
+        results["eval_before"] = {name: value for name, value in before[0].items() if name.startswith("eval_")}
     if trainer.eval_dataset is not None:
         results["eval_after"] = trainer.evaluate()
     results["log_history"] = trainer.state.log_history

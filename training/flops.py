@@ -7,10 +7,9 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerState
 
-from hf_moe.modeling_moe import MoEPreTrainedModel
+from hf_moe.parameter_counts import Shape, count_parameters
 
 from .watching import RoutingWatch
 
@@ -21,27 +20,12 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
-def active_parameters(model: nn.Module, watch: RoutingWatch) -> tuple[int, int]:
-    """Parameters without embeddings that one token passes, and all of them, of a watched model.
-
-    Args:
-        model: the model, in whatever wrappers.
-        watch: of `watch_routing`.
-    """
-    inner: Any = watch.model
-    total = inner.num_parameters(exclude_embeddings=True)
-    if isinstance(inner, MoEPreTrainedModel):
-        return inner.num_active_parameters(exclude_embeddings=True), total
-    experts = max(watch.num_experts)
-    routed = sum(p.numel() for name, p in inner.named_parameters() if _is_routed(name, p, experts))
-    return round(total - routed * (1 - watch.top_k / experts)), total
-
-
-def _is_routed(name: str, parameter: torch.Tensor, num_experts: int) -> bool:
-    """Whether a native MoE's parameter belongs to experts of which a token takes some."""
-    if "shared" in name:
-        return False
-    return "experts." in name or (parameter.dim() == 3 and parameter.shape[0] == num_experts)
+def active_parameters(watch: RoutingWatch) -> tuple[int, int]:
+    """Parameters without embeddings that one token passes, and all of them, of a watched model."""
+    model: Any = watch.model
+    counts = count_parameters([Shape(n, tuple(p.shape)) for n, p in model.named_parameters()], model.config.to_dict())
+    total = model.num_parameters(exclude_embeddings=True)
+    return total - counts.total + (counts.active or counts.total), total
 
 
 class FlopsMeter:

@@ -248,8 +248,8 @@ def _sites(model: nn.Module, blocks: dict[str, nn.Module], prefix: list[str]) ->
     for path, block in blocks.items():
         rule = _rule_of(block)
         assert rule is not None
-        router = unwrapped(_child(block, rule.router))
-        places = [*router, block, *unwrapped(block._modules.get(rule.experts))]
+        router = unwrapped(_child(block, rule.router))[-1]  # PEFT's wrapper of a router has a `num_experts` of its own: 1
+        places = [router, block, *reversed(unwrapped(block._modules.get(rule.experts)))]
         layer = next((name for name in path.split(".")[len(prefix) :] if name.isdigit()), "0")
         sites.append(
             Site(
@@ -259,7 +259,7 @@ def _sites(model: nn.Module, blocks: dict[str, nn.Module], prefix: list[str]) ->
                 top_k=_first(places, rule.top_k),
                 block=block,
                 rule=rule,
-                logits_index=rule.logits if isinstance(rule.logits, int) else _logits_index(model, router[-1]),
+                logits_index=rule.logits if isinstance(rule.logits, int) else _logits_index(model, router),
             )
         )
     return sites

@@ -138,8 +138,12 @@ class _Watcher:
         self._row_sites = moe.rows
         self._running = _Running()
         self._lock = threading.Lock()  # the replicas of `DataParallel` are threads
-        self.key = id(self)
+        self.key: int | None = id(self)
         _WATCHERS[self.key] = self
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Hooks are copied with their model: those of a copy (of a reference model, of averaged weights) tell nobody."""
+        return _deaf_watcher, ()
 
     def attach(self) -> list[RemovableHandle]:
         """Register the hooks."""
@@ -159,7 +163,7 @@ class _Watcher:
     # ------------------------------------------------------------------ hooks: what they are given, as tensors
 
     def _before(self, place: int, names: tuple[str, ...], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not self._in_eval and not (self._moe.model.training and torch.is_grad_enabled()):
+        if self.key is None or not (self._in_eval or (self._moe.model.training and torch.is_grad_enabled())):
             return
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
@@ -170,23 +174,36 @@ class _Watcher:
         self._tell("begin", place, [ids, mask, _share_of_labels(inputs)])
 
     def _after(self, place: int, module: nn.Module, args: Any, output: Any) -> None:
-        failed = output is None  # the forward raised
-        loss, aux_loss = (None, None) if failed else _losses(output)
-        self._tell("fail" if failed else "end", place, [loss, aux_loss])
+        if not self._hears():
+            return
+        losses = [output.get("loss"), output.get("aux_loss")] if isinstance(output, Mapping) else [None, None]
+        self._tell("fail" if output is None else "end", place, losses)  # hooks get no output where the forward raised
 
     def _after_router(self, site: Site, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._hears():
+            return
         if site.rule.read is not None:
             self._tell_assignments(site, site.rule.read(unwrapped(module)[-1], output))
         else:
             self._tell("see_logits", site.row, [site.logits(output)])
 
     def _before_experts(self, site: Site, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._tell_assignments(site, site.assignments(args, kwargs))
+        if self._hears():
+            self._tell_assignments(site, site.assignments(args, kwargs))
 
     def _tell_assignments(self, site: Site, found: Assignments) -> None:
         self._tell("see_assignments", site.row, [found.ids_TK, found.weights_TK, found.logits_TE])
 
+    def _hears(self) -> bool:
+        """Whether a forward that counts is running, or will be when a graph that is being traced runs."""
+        if self.key is None:
+            return False
+        if torch.compiler.is_compiling():
+            return self._in_eval or self._moe.model.training
+        return self._running.forward is not None
+
     def _tell(self, event: str, index: int, tensors: list[Tensor | None]) -> None:
+        assert self.key is not None
         detached = [_plain(tensor) for tensor in tensors]
         if torch.compiler.is_compiling():
             _routing_event(detached, event, index, self.key)
@@ -204,6 +221,8 @@ class _Watcher:
         record = running.record
         record.input_ids = record.input_ids if ids is None else ids
         record.token_mask = record.token_mask if mask is None else mask
+        if ids is not None:
+            record.batch_shape = (ids.shape[0], ids.shape[1])
         running.share = running.share if share is None else share
 
     def fail(self, place: int, *nothing: Tensor | None) -> None:
@@ -271,6 +290,12 @@ class _Watcher:
             record.lm_loss = running.loss - self._moe.aux_loss_coef * running.aux_loss.to(running.loss.device)
 
 
+def _deaf_watcher() -> _Watcher:
+    watcher = _Watcher.__new__(_Watcher)
+    watcher.key = None
+    return watcher
+
+
 def _plain(tensor: Any) -> Tensor | None:
     """Without gradient, and whole if it is a `DTensor`."""
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -287,13 +312,6 @@ def _share_of_labels(inputs: Mapping[str, Any]) -> Tensor | None:
     return count / (num_items.to(count.device) if isinstance(num_items, Tensor) else num_items)
 
 
-def _losses(output: Any) -> tuple[Tensor | None, Tensor | None]:
-    """The loss and the native router loss that a model returned."""
-    if isinstance(output, Mapping):
-        return output.get("loss"), output.get("aux_loss")
-    return None, None
-
-
 @torch.no_grad()
 def _layer_record(site: Site, found: Assignments, record: RoutingRecord) -> LayerRecord:
     ids_TK = found.ids_TK.detach().reshape(-1, found.ids_TK.shape[-1]).long()
@@ -304,16 +322,18 @@ def _layer_record(site: Site, found: Assignments, record: RoutingRecord) -> Laye
             f"{site.layer}, so padding cannot be told. Pass one value per token."
         )
     if found.weights_TK is None:
-        weights_TK = torch.ones_like(ids_TK, dtype=torch.float32)
-    else:  # counted in this dtype: bf16 cannot count to 257
-        wide = torch.promote_types(found.weights_TK.dtype, torch.float32)
-        weights_TK = found.weights_TK.detach().reshape(ids_TK.shape).to(wide)
-    logits_TE = None
-    if found.logits_TE is not None and found.weights_TK is not None:
-        logits_TE = found.logits_TE.detach().reshape(ids_TK.shape[0], site.num_experts).to(weights_TK.dtype)
+        weights_TK, logits_TE = torch.ones_like(ids_TK, dtype=torch.float32), None
+    else:
+        weights_TK = _wide(found.weights_TK).reshape(ids_TK.shape)
+        logits_TE = None if found.logits_TE is None else _wide(found.logits_TE).reshape(ids_TK.shape[0], site.num_experts)
     routing = Routing.of(ids_TK, weights_TK, logits_TE)
     sums = routing_sums(routing, site.num_experts, mask_T)
     return LayerRecord(site.num_experts, ids_TK.shape[1], sums, routing=routing if record.keep_routing else None)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """At least fp32: bf16 cannot count to 257."""
+    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _no_tokens(site: Site, like: LayerRecord) -> LayerRecord:

@@ -46,7 +46,7 @@ def write_results(trainer: MoETrainer, results: dict[str, Any], records: dict[st
         os.replace(new, folder / name)
     _draw(folder)
     _write_card(folder)
-    if "eval_after" in results:
+    if "eval_before" in results and "eval_after" in results:
         before, after = (results[f"eval_{when}"] for when in ("before", "after"))
         print(
             f"held-out LM loss: {before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after; perplexity "

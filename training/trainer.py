@@ -183,6 +183,10 @@ class MoETrainer(Trainer):
             return rows
         return min(rows, max(0, state.remainder - accelerator.process_index * rows))
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        forget_evaluation(self.model, self.model_wrapped)
+        return super()._prepare_for_training(*args, **kwargs)
+
     # ------------------------------------------------------------------ resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -215,6 +219,20 @@ class MoETrainer(Trainer):
         states: Any = self.state.stateful_callbacks
         states[_STATE] = {"args": {}, "attributes": attributes}
         super()._save_checkpoint(*args, **kwargs)
+
+
+def forget_evaluation(model: Any, wrapped: Any) -> None:
+    """Make a model that was evaluated before it was trained unprepared again.
+
+    Accelerate 1.15 marks a model that it prepares for evaluation, and then takes it for one that is prepared for training: it
+    would not be wrapped in DDP, and each rank would train a model of its own without a word.
+    """
+    if model is wrapped and vars(model).pop("_is_accelerate_prepared", False):
+        forward = vars(model).pop("_original_forward", None)  # without autocast
+        if getattr(forward, "__func__", None) is type(model).forward:
+            vars(model).pop("forward", None)
+        elif forward is not None:
+            model.forward = forward
 
 
 class _LossWindow(TrainerCallback):

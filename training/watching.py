@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_moe.modeling_moe import MoEPreTrainedModel
 from hf_moe.record import RoutingRecord
@@ -81,12 +81,3 @@ def _watch_ours(
         model=model,
         close=lambda: model.remove_routing_listener(listener),
     )
-
-
-def bias_of(router: nn.Module) -> Tensor | None:
-    """The bias that a sigmoid router adds when it chooses, which loss-free balancing moves; `None` of other routers."""
-    for owner in (router, getattr(router, "moe_statics", None)):
-        bias = getattr(owner, "e_score_correction_bias", None)
-        if bias is not None:
-            return bias
-    return None
