@@ -27,7 +27,18 @@ from .model_names import empty_model, find_ffn_tensors, module_names, tied_names
 
 logger = logging.getLogger(__name__)
 
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken", "tokenization_*.py", "LICENSE*", "NOTICE*"]
+_WANTED = [
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.jinja",
+    "*.txt",
+    "*.tiktoken",
+    "tokenization_*.py",
+    "LICENSE*",
+    "NOTICE*",
+    "README.md",
+]
 # Flags of a config that are known not to bring tensors of their own.
 _HARMLESS_FLAGS = "use_cache|tie_word_embeddings|return_dict|output_|use_sliding_window|scale_attn|summary_|is_decoder"
 _WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")

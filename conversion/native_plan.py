@@ -100,6 +100,8 @@ def run_plan(
     verify: bool,
 ) -> ConversionResult:
     """Plan, write, and compare if asked to."""
+    from hf_moe.model_cards import conversion_card, describe_parent
+
     target, size = Path(destination), parse_size(max_shard_size)
     check_destination(target)
     check_apart(target, [source])
@@ -112,16 +114,20 @@ def run_plan(
     reports: list[ExactnessReport] = []
 
     def finish(written: Path) -> dict[str, bytes]:
-        if not verify:
-            return {}
-        from .verification import verify_checkpoints
+        report: dict[str, Any] = {"kind": "import" if plan.files else "export", "format": plan.format}
+        report["parents"] = [describe_parent(source, folder)]
+        if verify:
+            from .verification import verify_checkpoints
 
-        names = ("source", "result")
-        report = verify_checkpoints(
-            checkpoint, written, moe_config=plan.config, tokenizer=folder, expected_exact=True, names=names
-        )
-        reports.append(report)
-        return {"conversion_report.json": report.to_json().encode() + b"\n"}
+            names = ("source", "result")
+            measured = verify_checkpoints(
+                checkpoint, written, moe_config=plan.config, tokenizer=folder, expected_exact=True, names=names
+            )
+            reports.append(measured)
+            report |= json.loads(measured.to_json())
+        names_written = [path.name for path in written.iterdir()]
+        card = conversion_card(target.name, plan.config, plan.tensors, kind=report["kind"], report=report, files=names_written)
+        return {"conversion_report.json": json_bytes(report), "README.md": card.encode()}
 
     write_checkpoint(target, plan.tensors, files, job=job, max_shard_size=size, finish=finish)
     return ConversionResult(plan.format, target, plan.notes, reports[0] if reports else None)

@@ -73,6 +73,7 @@ class MoEPreTrainedModel(PreTrainedModel):
     config_class = MoEConfig
     language_model: Any  # the dense causal LM, or its decoder by the name that it has there
     base_model_prefix = "language_model"
+    model_tags = ["hf_moe", "moe", "mixture-of-experts"]  # on the Hub
     supports_gradient_checkpointing = True
     # the dense model checks for itself what it supports
     _supports_sdpa = True
