@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_moe.modeling_moe import MoEPreTrainedModel
+from hf_moe.pretrained_moe import MoEPreTrainedModel
 
 from .checkpoint_reader import Checkpoint, open_checkpoint
 from .errors import one_line

@@ -121,7 +121,7 @@ def routing_sums(routing: Routing, num_experts: int, token_mask_T: Tensor | None
     """Sums over real tokens of a plan (the `sums` of a `LayerRecord`)."""
     weights_TK, logits_TE = routing.chosen_weights_TK, routing.logits_TE
     real_T = None if token_mask_T is None else token_mask_T.to(weights_TK.dtype)
-    tokens = weights_TK.new_tensor(weights_TK.shape[0]) if real_T is None else real_T.sum()
+    tokens = weights_TK.new_full((), weights_TK.shape[0]) if real_T is None else real_T.sum()
 
     def per_expert(ids_TK: Tensor, values_TK: Tensor) -> Tensor:
         if real_T is not None:

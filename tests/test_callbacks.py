@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from families import text_config
-from hf_moe.training import AlarmThresholds, ExpertLoadCallback, LossFreeBalancingCallback, read_expert_load
+from hf_moe.training import AlarmThresholds, ExpertLoadCallback, LossFreeBalancingCallback, read_expert_load, watch_routing
+from hf_moe.training.native_routing import bias_of
+from native_moes import native_moe
 from torch import nn
 from trainer_cut import NUM_SEQUENCES, collate, sequences
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -598,3 +600,23 @@ def test_balancing_leaves_other_routers_alone(tmp_path: Path) -> None:
     trainer(model, tmp_path, [callback], max_steps=1).train()
     assert callback.window.is_empty
     assert model._routing_listeners == []
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe", "ernie4_5_moe", "lfm2_moe"])
+def test_native_biases_move(tmp_path: Path, model_type: str) -> None:
+    """Wherever the model keeps them: as many steps up or down as its experts were under or over the mean."""
+    model = native_moe(model_type)
+    rows = [{"input_ids": row["input_ids"] % model.config.vocab_size} for row in sequences()]
+    watch = watch_routing(model, lambda record: None)
+    watch.remove()
+    before = [bias_of(router).clone() for router in watch.routers]
+    callbacks = [ExpertLoadCallback(), LossFreeBalancingCallback(speed=0.25)]
+    run = trainer(model, tmp_path, callbacks, max_steps=1)
+    run.train_dataset = rows
+    run.train()
+    _, (executed,) = load(tmp_path)
+    assert len(executed) == len(watch.routers) > 0
+    for router, counts, old in zip(watch.routers, executed, before, strict=True):
+        mean = statistics.mean(counts)
+        moved = (bias_of(router) - old).flatten().tolist()
+        assert moved == pytest.approx([0.25 * ((c < mean) - (c > mean)) for c in counts], abs=1e-6)

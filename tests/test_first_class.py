@@ -6,7 +6,7 @@ from tiny import ALL_LOSSES, counts, padded_batch, recorded, tiny, token_ids
 from torch.nn import functional as F
 
 from hf_moe import MoEModel
-from hf_moe.modeling_moe import LOSS_COEFFICIENTS
+from hf_moe.pretrained_moe import LOSS_COEFFICIENTS
 
 FAMILIES = ["llama", "gpt2", "falcon", "opt"]  # the last three take no loss arguments: the MoE applies them
 NOISY = {"router_type": "noisy_top_k", **ALL_LOSSES}

@@ -132,7 +132,7 @@ def test_left_out(class_name: str) -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("model_type", ["mixtral", "glm4_moe", "gpt_oss", "zaya"])
+@pytest.mark.parametrize("model_type", ["mixtral", "glm4_moe", "gpt_oss", "llama4_text", "zaya"])
 def test_gradient_checkpointing(model_type: str, use_reentrant: bool) -> None:
     """The recompute does not count, also when several forwards come before the backwards."""
     model = native_moe(model_type)
@@ -311,7 +311,7 @@ def test_a_listener_that_runs_the_model() -> None:
     assert counts(seen[0]) == counts(seen[1]) == counts(check(model, batch))
 
 
-def test_blocks_that_run_twice_or_not_at_all(caplog: pytest.LogCaptureFixture) -> None:
+def test_blocks_that_run_twice_or_not_at_all() -> None:
     model, batch = native_moe("mixtral"), padded("right")
     watch, records = watched(model)
     first, second = model.model.layers[0], model.model.layers[1]

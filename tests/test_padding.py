@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from hf_moe import MoECausalLMOutputWithPast, MoEForCausalLM, RoutingRecord
-from hf_moe.modeling_moe import LOSS_COEFFICIENTS
+from hf_moe.pretrained_moe import LOSS_COEFFICIENTS
 from hf_moe.record import current_record
 
 # Kernels sum over other shapes when there is more padding, in another order.

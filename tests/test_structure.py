@@ -25,10 +25,10 @@ CORE = {
     "native_blocks": set(),
     "checkpoint_names": set(),
     "moe_layer": {"configuration_moe", "experts", "record", "routers", "routing"},
-    "modeling_moe": {
-        "balance", "callers_loss", "checkpoint_names", "configuration_moe", "dense_ffn", "moe_layer", "native_blocks",
-        "parameter_counts", "record",
+    "pretrained_moe": {
+        "checkpoint_names", "configuration_moe", "dense_ffn", "moe_layer", "native_blocks", "parameter_counts", "record",
     },
+    "modeling_moe": {"balance", "callers_loss", "checkpoint_names", "configuration_moe", "pretrained_moe", "record"},
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hf_moe import MoEConfig, MoEForCausalLM, RoutingRecord
-from hf_moe.modeling_moe import MoEPreTrainedModel
+from hf_moe.pretrained_moe import MoEPreTrainedModel
 
 # Every router loss that a noisy router defines.
 ALL_LOSSES = {

@@ -270,7 +270,7 @@ class LossFreeBalancingCallback(RoutingCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         assert self.watch is not None
-        if any(bias_of(router) is None for router in self.watch.routers):
+        if all(bias_of(router) is None for router in self.watch.routers):
             self._stop()
         elif hasattr(kwargs["model"], "peft_config") and not any(
             parameter.requires_grad for router in self.watch.routers for parameter in router.parameters()
@@ -294,5 +294,5 @@ class LossFreeBalancingCallback(RoutingCallback):
         speed = of_config if self._speed is None else self._speed
         for router, layer in zip(self.watch.routers, layers, strict=True):
             bias = bias_of(router)
-            assert bias is not None
-            bias += loss_free_bias_update(layer.sums["counts"], speed).to(bias).view_as(bias)
+            if bias is not None:  # DeepSeek-V4 has layers that hash
+                bias += loss_free_bias_update(layer.sums["counts"], speed).to(bias).view_as(bias)

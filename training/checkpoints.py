@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_moe.checkpoint_names import fused_state_dict
-from hf_moe.modeling_moe import MoEPreTrainedModel
+from hf_moe.pretrained_moe import MoEPreTrainedModel
 
 _OF_TORCH = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "training_args.bin", "rng_state*.pth")
 

@@ -176,9 +176,11 @@ class _Watcher:
     def _after(self, place: int, module: nn.Module, args: Any, output: Any) -> None:
         if not self._hears():
             return
-        losses = [output.get("loss"), output.get("aux_loss")] if isinstance(output, Mapping) else [None, None]
-        self._tell("fail" if output is None else "end", place, losses)  # hooks get no output where the forward raised
+        losses = output if isinstance(output, Mapping) else {}
+        event = "fail" if output is None else "end"  # there is no output where the forward raised
+        self._tell(event, place, [losses.get("loss"), losses.get("aux_loss")])
 
+    @torch.no_grad()  # a checkpoint compares the tensors that are saved for the backward with those of the recompute
     def _after_router(self, site: Site, module: nn.Module, args: Any, output: Any) -> None:
         if not self._hears():
             return

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
 
@@ -152,7 +153,8 @@ class MoETrainer(Trainer):
             output: Any = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         finally:
             self._perplexity = None
-        found = metric.compute(lambda sums: self.accelerator.reduce(sums, "sum"))
+        # ranks of a tensor-parallel group have the same batches
+        found = metric.compute(lambda sums: self.accelerator.reduce(sums, "sum") / self.get_tp_size())
         if self.label_smoother is not None or self.compute_loss_func is not None:
             found.pop("loss", None)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
@@ -179,9 +181,10 @@ class MoETrainer(Trainer):
     def _rows_that_count(self, rows: int) -> int:
         """How many of this rank's rows are not repeated ones, with which Accelerate makes the last batch whole."""
         state, accelerator = self.accelerator.gradient_state, self.accelerator
-        if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1:
+        alone = accelerator.num_processes == self.get_tp_size()
+        if alone or not state.end_of_dataloader or state.remainder < 1:
             return rows
-        return min(rows, max(0, state.remainder - accelerator.process_index * rows))
+        return min(rows, max(0, state.remainder - accelerator.process_index // self.get_tp_size() * rows))
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         forget_evaluation(self.model, self.model_wrapped)
@@ -222,11 +225,14 @@ class MoETrainer(Trainer):
 
 
 def forget_evaluation(model: Any, wrapped: Any) -> None:
-    """Make a model that was evaluated before it was trained unprepared again.
+    """Undo what an evaluation before the training leaves on a model and what would have ranks train apart without a word.
 
-    Accelerate 1.15 marks a model that it prepares for evaluation, and then takes it for one that is prepared for training: it
-    would not be wrapped in DDP, and each rank would train a model of its own without a word.
+    Accelerate 1.15 marks a model that it prepares for evaluation, and then takes it for one that is prepared for training, so
+    that it is not wrapped in DDP. FSDP2 leaves the root's parameters gathered, so that the optimizer would get these.
     """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     if model is wrapped and vars(model).pop("_is_accelerate_prepared", False):
         forward = vars(model).pop("_original_forward", None)  # without autocast
         if getattr(forward, "__func__", None) is type(model).forward:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from hf_moe.modeling_moe import MoEPreTrainedModel
+from hf_moe.pretrained_moe import MoEPreTrainedModel
 from hf_moe.record import RoutingRecord
 
 
