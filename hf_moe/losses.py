@@ -19,12 +19,12 @@ def cv_squared(values_E: Tensor) -> Tensor:
     """Squared coefficient of variation `var / (mean² + 1e-10)` with the population variance (Shazeer 2017, eq. 7).
 
     Args:
-        values_E: `[E]`, any unit.
+        values_E: `[..., E]`, any unit.
 
     Returns:
-        A scalar; 0 when all are equal.
+        `[...]`; 0 where all are equal.
     """
-    return values_E.var(correction=0) / (values_E.mean().square() + CV_EPSILON)
+    return values_E.var(dim=-1, correction=0) / (values_E.mean(dim=-1).square() + CV_EPSILON)
 
 
 def importance_loss(importance_E: Tensor) -> Tensor:

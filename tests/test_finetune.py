@@ -21,6 +21,7 @@ from hf_moe.training import read_expert_load
 from hf_moe.training.arguments import DataArguments
 from hf_moe.training.command_line import parse
 from hf_moe.training.data import IGNORED, Layout, PadCollator, check_documents_apart, tokenise
+from hf_moe.training.data_source import FORMATS, field_of
 from hf_moe.training.finetune import main
 from native_models import NATIVE
 from safetensors.torch import load_file
@@ -265,6 +266,35 @@ def test_a_dataset_with_splits_is_evaluated_on_them(place: Path, tmp_path: Path)
     assert os.path.isabs(metrics["dataset_name"])
 
 
+def test_a_dataset_of_the_hub(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(*names: str, **options: Any) -> datasets.DatasetDict:
+        asked.append((names, options))
+        rows = datasets.Dataset.from_list([{"messages": chat} for chat in CHATS * 6])
+        return datasets.DatasetDict({"train": rows, "test": rows.select([0])})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    metrics = train(
+        place, tmp_path / "out", train_file=None, eval_file=None, dataset_name="some/chats", dataset_config_name="en",
+        eval_split="test", chat_template=place / "template.jinja", packing="false", max_seq_length=16, max_steps=1,
+    )  # fmt: skip
+    assert asked == [(("some/chats", "en"), {"streaming": False})]
+    assert metrics["eval_before"]["eval_tokens"] == 3
+    assert metrics["dataset_name"] == "some/chats"
+
+
+def test_fields_are_found_before_reading(tmp_path: Path) -> None:
+    """From the schema, the header or the first line alone; also of texts longer than the csv module's limit."""
+    datasets.Dataset.from_list([{"id": 1, "messages": chat} for chat in CHATS]).to_parquet(tmp_path / "chats.parquet")
+    datasets.Dataset.from_list([{"n": 1, "text": "a" * 200_000}]).to_csv(tmp_path / "long.csv")
+    chats, long = (FORMATS[path.suffix].fields(path) for path in (tmp_path / "chats.parquet", tmp_path / "long.csv"))
+    assert field_of("it", chats, DataArguments(train_file=["x"])) is None
+    assert field_of("it", long, DataArguments(train_file=["x"])) == "text"
+    with pytest.raises(ValueError, match="no string field 'id'"):
+        field_of("it", chats, DataArguments(train_file=["x"], text_field="id"))
+
+
 def rows_of(texts: list[Any], name: str = "text", **layout: Any) -> list[dict[str, Any]]:
     data = datasets.Dataset.from_list([{name: text} for text in texts])
     field = "text" if name == "text" else None
@@ -334,14 +364,12 @@ def test_script_with_chats(choice: str, tokens: int, place: Path, tmp_path: Path
 
 def test_packed_documents_are_as_single_ones(place: Path, tmp_path: Path) -> None:
     """Documents that fill blocks exactly have the same loss packed as alone; in plain blocks they have another."""
-    texts = ["one two three", "a dog ran on the red mat", "two", "a cat sat in", "the blue house"] * 4  # 4 + 8 + 2 + 5 + 4
-    texts = ["one two three", "a dog ran on the red", "two", "a cat sat in"] * 4  # 4 + 7 + 2 + 5 = 18 with the end
+    texts = ["one two three", "a dog ran on the red", "two", "a cat sat in"] * 4  # 4 + 7 + 2 + 5 = 18 tokens
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     found = {}
-    for packing, length in (("false", 18), ("documents", 18), ("blocks", 18)):
-        found[packing] = train(
-            place, tmp_path / packing, eval_file=tmp_path / "d.jsonl", packing=packing, max_seq_length=length, max_steps=1
-        )["eval_before"]
+    for packing in ("false", "documents", "blocks"):
+        options = {"eval_file": tmp_path / "d.jsonl", "packing": packing, "max_seq_length": 18, "max_steps": 1}
+        found[packing] = train(place, tmp_path / packing, **options)["eval_before"]
     assert found["documents"]["eval_tokens"] == found["false"]["eval_tokens"] == 4 * (18 - 4)
     assert found["documents"]["eval_loss"] == pytest.approx(found["false"]["eval_loss"], rel=1e-5)
     assert abs(found["blocks"]["eval_loss"] - found["false"]["eval_loss"]) > 1e-2
@@ -423,6 +451,8 @@ def test_every_field_of_a_recipe_has_an_option(place: Path) -> None:
         ({"dataset_name": "some/set"}, "both are given"),
         ({"train_file": None, "dataset_name": "no/such_dataset"}, "`--dataset_name`='no/such_dataset' cannot be loaded"),
         ({"train_file": None, "dataset_name": "{place}/empty"}, "`--dataset_name`='{place}/empty' cannot be loaded"),
+        ({"dataset_config_name": "en"}, "`--dataset_config_name`='en' is of `--dataset_name`"),
+        ({"assistant_only_loss": "true"}, "has no chats, but text in 'text'"),
         ({"validation_split_percentage": 10}, "`--validation_split_percentage`=10.0 and `--eval_file` do not go together"),
         ({"validation_split_percentage": 0, "eval_file": None}, "must lie between 0 and 100"),
         ({"validation_split_percentage": 0.1, "eval_file": None}, "of the 60 documents in"),

@@ -444,8 +444,8 @@ def worker(folder: str) -> None:
             found[f"{name}_{first}"] = [(row["loss"], row["grad_norm"]) for row in logs(run)]
     for resume in (False, True):  # from a checkpoint between two logs
         run = moe_trainer(
-            tiny(router_type="sigmoid"), Path(folder, "resumed"), per_device_train_batch_size=2, ddp_backend="gloo", max_steps=6,
-            save_strategy="steps", save_steps=4, logging_steps=3,
+            tiny(router_type="sigmoid"), Path(folder, "resumed"), per_device_train_batch_size=2, ddp_backend="gloo",
+            max_steps=6, save_strategy="steps", save_steps=4, logging_steps=3,
         )  # fmt: skip
         run.train(resume_from_checkpoint=str(Path(folder, "resumed", "checkpoint-4")) if resume else None)
         found[f"resumed_{resume}"] = [row["loss"] for row in logs(run)]

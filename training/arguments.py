@@ -103,6 +103,8 @@ class DataArguments:
         if (self.train_file is None) == (self.dataset_name is None):
             given = "neither is" if self.train_file is None else "both are"
             raise ValueError(f"Give `--train_file` or `--dataset_name`: {given} given.")
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            raise ValueError(f"`--dataset_config_name`={self.dataset_config_name!r} is of `--dataset_name`. Leave it out.")
         percentage = self.validation_split_percentage
         if percentage is None:
             return

@@ -197,9 +197,13 @@ def _json_fields(path: Path) -> dict[str, Any] | None:
 
 
 def _csv_fields(path: Path) -> dict[str, Any]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.reader(file)
-        names, values = next(rows, []), next(rows, None)
+    longest = csv.field_size_limit(2**31 - 1)  # by default a text of 128 KiB is refused
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = csv.reader(file)
+            names, values = next(rows, []), next(rows, None)
+    finally:
+        csv.field_size_limit(longest)
     if values is None:
         raise _NotReadableError("has no row below its header. Give a file with text.")
     return dict(zip(names, values, strict=False))

@@ -268,6 +268,8 @@ def _tokenise_all(data: DataArguments, tokenizer: Any, arguments: FinetuneArgume
         if first is None:
             raise ValueError(f"{what} has no rows. Give data with text.")
         text_field = field_of(what, first, data)
+        if text_field is not None and data.assistant_only_loss == "true":
+            raise ValueError(f"`--assistant_only_loss`='true': {what} has no chats, but text in {text_field!r}. Leave it out.")
         assistant_only = text_field is None and check_chats(what, tokenizer, data.assistant_only_loss)
         layout = Layout(data.packing, data.max_seq_length, text_field, data.messages_field, assistant_only)
         sequences[role] = tokenise(documents, tokenizer, layout, what=what, workers=data.preprocessing_num_workers)

@@ -203,10 +203,10 @@ def load_metrics(total: WindowTotal, layers: list[int], optimizer_steps: int) ->
     """
     steps = max(1, optimizer_steps)
     losses = {name: (term_L / (steps if total.adds_up else total.forwards)).tolist() for name, term_L in total.terms.items()}
-    per_layer = []
+    per_layer = _load_of_layers(total.layers)
     for row, layer in enumerate(total.layers):
         of_window = {} if losses else {name: float(value) for name, value in layer_losses(layer.sums, layer.top_k).items()}
-        per_layer.append(_of_layer(layer) | of_window | {name: values[row] for name, values in losses.items()})
+        per_layer[row] |= of_window | {name: values[row] for name, values in losses.items()}
     metrics = {}
     if total.lm_forwards:
         metrics["lm_loss"] = float(total.lm_loss / (steps if total.adds_up else total.lm_forwards))
@@ -219,19 +219,26 @@ def load_metrics(total: WindowTotal, layers: list[int], optimizer_steps: int) ->
     return metrics
 
 
-def _of_layer(layer: LayerRecord) -> dict[str, float]:
-    sums = layer.sums
-    executed_E, counts_E, tokens = sums["executed"], sums["counts"], sums["tokens"].clamp(min=1)
-    numbers = {
-        "load_max_over_mean": executed_E.max() / executed_E.mean().clamp(min=1e-20),
-        "load_cv": cv_squared(executed_E).sqrt(),
-        "drop_rate": 1 - executed_E.sum() / counts_E.sum().clamp(min=1e-20),
-        "load_loss": load_loss(counts_E),
-    }
-    if "importance" in sums:
-        numbers["importance_cv"] = cv_squared(sums["importance"]).sqrt()
-    if "entropy" in sums:
-        numbers["router_entropy"] = sums["entropy"] / tokens
-        numbers["logit_rms"] = (sums["z"] / tokens).sqrt()
-    dead = {"dead_experts": int((executed_E == 0).sum())}
-    return {name: float(value) for name, value in numbers.items()} | dead
+def _load_of_layers(layers: list[LayerRecord]) -> list[dict[str, float]]:
+    """The numbers of each layer, computed for all layers of the same size at once: there can be many."""
+    found: list[dict[str, float]] = [{} for _ in layers]
+    for size in {layer.num_experts for layer in layers}:
+        rows = [row for row, layer in enumerate(layers) if layer.num_experts == size]
+        sums = {name: torch.stack([layers[row].sums[name] for row in rows]) for name in layers[rows[0]].sums}
+        executed_LE, counts_LE, tokens_L = sums["executed"], sums["counts"], sums["tokens"].clamp(min=1)
+        numbers = {
+            "load_max_over_mean": executed_LE.amax(dim=-1) / executed_LE.mean(dim=-1).clamp(min=1e-20),
+            "load_cv": cv_squared(executed_LE).sqrt(),
+            "drop_rate": 1 - executed_LE.sum(dim=-1) / counts_LE.sum(dim=-1).clamp(min=1e-20),
+            "load_loss": load_loss(counts_LE),
+        }
+        if "importance" in sums:
+            numbers["importance_cv"] = cv_squared(sums["importance"]).sqrt()
+        if "entropy" in sums:
+            numbers["router_entropy"] = sums["entropy"] / tokens_L
+            numbers["logit_rms"] = (sums["z"] / tokens_L).sqrt()
+        numbers["dead_experts"] = (executed_LE == 0).sum(dim=-1)
+        lists = {name: value.tolist() for name, value in numbers.items()}
+        for index, row in enumerate(rows):
+            found[row] = {name: values[index] for name, values in lists.items()}
+    return found
