@@ -17,7 +17,7 @@ from .recipe import METHOD_OPTIONS, MOE_FIELDS, Recipe, parse_size, parse_yaml, 
 
 # Fields of a recipe that are no `--field VALUE`.
 _POSITIONAL = ("source", "destination", "options", "moe")
-_HELP = {
+RECIPE_HELP = {
     "method": f"how experts are made: {', '.join(METHODS)} (default: copy)",
     "models": "merge: folders or Hub ids of the dense models, one for each expert",
     "preset": "a published system's setting, e.g. mixtral, switch, deepseek_v3",
@@ -65,7 +65,7 @@ def _upcycle_parser() -> _Parser:
     for field in dataclasses.fields(Recipe):
         if field.name not in (*_POSITIONAL, "verify", "trust_remote_code"):
             many = {"nargs": "+"} if field.name in ("models", "layers") else {}
-            main.add_argument(_flag(field.name), help=_HELP[field.name], metavar="VALUE", **many)  # type: ignore[arg-type]
+            main.add_argument(_flag(field.name), help=RECIPE_HELP[field.name], metavar="VALUE", **many)  # type: ignore[arg-type]
     main.add_argument(
         "--no-verify", action="store_const", const=False, dest="verify", help="skip the comparison with the source"
     )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .cli import _HELP as RECIPE_HELP
+from .cli import RECIPE_HELP
 from .errors import ConversionError
 from .methods import METHODS
 from .recipe import METHOD_OPTIONS, MOE_FIELDS, Recipe, parse_yaml, read_yaml

@@ -206,16 +206,9 @@ def _files_of_model(model: Any) -> dict[str, bytes]:
 
 
 def _in_memory(plan: UpcyclingPlan) -> MoEForCausalLM:
-    from hf_moe.auto import MoEConfig, MoEForCausalLM
+    from .in_memory import build_model
 
-    from .checkpoint_reader import as_torch
-
-    state = {}
-    for tensor in plan.tensors:
-        data = b"".join(bytes(piece) for piece in tensor.payload.chunks())
-        state[tensor.name] = as_torch(data, tensor.dtype).view(tensor.shape)
-    config = MoEConfig.from_dict(plan.config)
-    model = MoEForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=config.dtype)
+    model = build_model(plan.config, plan.tensors)
     if plan.source.model is not None and plan.source.model.can_generate():
         model.generation_config = plan.source.model.generation_config
-    return model.eval()
+    return model

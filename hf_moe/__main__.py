@@ -14,7 +14,7 @@ COMMANDS = {
     "densify": ("hf_moe.conversion.cli:densify", "make a MoE checkpoint dense again"),
     "prune": ("hf_moe.conversion.cli:prune", "drop the least used experts"),
     "inspect": ("hf_moe.conversion.cli:inspect", "parameters, experts, bytes and FLOPs of a checkpoint"),
-    "train": ("hf_moe.training.finetune:main", "fine-tune a checkpoint on a text or JSONL file"),
+    "train": ("hf_moe.training.finetune:main", "fine-tune a checkpoint, or a model upcycled in memory, on text or chats"),
     "report": ("hf_moe.training.report:main", "a page that shows what a trained model's experts do"),
     "demo": ("hf_moe.training.demo:main", "upcycle and fine-tune a real model, from download to generated text"),
 }

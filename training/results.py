@@ -45,7 +45,7 @@ def write_results(trainer: MoETrainer, results: dict[str, Any], records: dict[st
         new.write_bytes(content)
         os.replace(new, folder / name)
     _draw(folder)
-    _write_card(folder)
+    _write_card(trainer, folder)
     if "eval_before" in results and "eval_after" in results:
         before, after = (results[f"eval_{when}"] for when in ("before", "after"))
         print(
@@ -69,11 +69,11 @@ def _draw(folder: Path) -> None:
             print(f"hf-moe train: no picture. {error}", file=sys.stderr)
 
 
-def _write_card(folder: Path) -> None:
+def _write_card(trainer: MoETrainer, folder: Path) -> None:
     from hf_moe import model_cards
 
     try:
-        model_cards.save_card(folder)
+        model_cards.save_card(folder, trainer=trainer)
     except (ValueError, ImportError) as error:  # the training is done, and what it made is saved
         print(f"hf-moe train: no model card. {error}", file=sys.stderr)
 
