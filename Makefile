@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 DEVICE ?= cpu
 WORKDIR ?= demo_output
 BIN = $(VENV)/bin
+# one test process per core already: more threads would only get in each other's way
+test check: export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check format clean
 
