@@ -607,7 +607,7 @@ def test_pushes_what_it_made(place: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_card_that_fails_does_not_lose_the_run(place: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    def refuse(folder: Path) -> Any:
+    def refuse(folder: Path, **given: Any) -> Any:
         raise ValueError("no card today")
 
     monkeypatch.setattr(model_cards, "save_card", refuse)
