@@ -11,7 +11,6 @@ Letters: T tokens, D hidden, E experts, K per token, A groups, B experts of a gr
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .best_tokens import best_tokens_per_expert
 from .configuration_moe import MoEConfig
 from .losses import loss_free_bias_update, smooth_load
 from .routing import Routing, top_k
@@ -72,6 +72,11 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
         """The router's rule, on fp32 tokens."""
+
+    @property
+    def compares_ranks(self) -> bool:
+        """Whether tokens of all ranks are compared: in training, as the scope of the config says."""
+        return self.training and self.config.balance_scope == "global_batch"
 
     def _jittered(self, x_TD: Tensor) -> Tensor:
         jitter = self.jitter * self.noise_scale
@@ -275,7 +280,7 @@ class ExpertChoiceRouter(Router):
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
         logits_TE = F.linear(x_TD, self.weight)
         probs_TE = logits_TE.softmax(dim=-1)
-        chosen_TE = best_tokens_per_expert(probs_TE, self.factor, token_mask_T)
+        chosen_TE = best_tokens_per_expert(probs_TE, self.factor, token_mask_T, self.compares_ranks)
         return _dense_plan(probs_TE * chosen_TE, chosen_TE, logits_TE)
 
 
@@ -298,7 +303,9 @@ class StrictlyBalancedRouter(Router):
         logits_TE = F.linear(x_TD, self.weight)
         probs_TE = logits_TE.softmax(dim=-1)
         above_TE = probs_TE > self.thresholds
-        chosen_TE = best_tokens_per_expert(probs_TE, self.top_k, token_mask_T) if self.training else above_TE
+        chosen_TE = above_TE
+        if self.training:
+            chosen_TE = best_tokens_per_expert(probs_TE, self.top_k, token_mask_T, self.compares_ranks)
         kept_TE = probs_TE * chosen_TE
         weights_TE = kept_TE / kept_TE.sum(dim=-1, keepdim=True).clamp(min=1e-20)
         if not self.training:
@@ -307,20 +314,6 @@ class StrictlyBalancedRouter(Router):
         disagree_TE = above_TE.to(probs_TE.dtype) - chosen_TE.to(probs_TE.dtype)
         threshold_T = (disagree_TE * (probs_TE.detach() - self.thresholds)).sum(dim=-1)
         return _dense_plan(weights_TE, chosen_TE, logits_TE, threshold=threshold_T)
-
-
-def best_tokens_per_expert(probs_TE: Tensor, factor: float, token_mask_T: Tensor | None) -> Tensor:
-    """`[T, E]` bool: is the token among the expert's `ceil(T · factor / E)` best real ones (ties to the earlier)."""
-    num_experts = probs_TE.shape[1]
-    scores_TE = probs_TE.detach()
-    if token_mask_T is None:
-        capacity: Tensor | int = math.ceil(scores_TE.shape[0] * factor / num_experts - 1e-9)
-    else:
-        scores_TE = scores_TE.masked_fill(~token_mask_T.unsqueeze(-1), float("-inf"))
-        capacity = torch.ceil(token_mask_T.sum().double() * factor / num_experts - 1e-9)
-    rank_TE = scores_TE.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
-    chosen_TE = rank_TE < capacity
-    return chosen_TE if token_mask_T is None else chosen_TE & token_mask_T.unsqueeze(-1)
 
 
 def _dense_plan(weights_TE: Tensor, chosen_TE: Tensor, logits_TE: Tensor, **stats: Tensor) -> Routing:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hf_moe.best_tokens import best_tokens_per_expert
 from hf_moe.losses import (
     cv_squared,
     hierarchical_load,
@@ -19,7 +20,7 @@ from hf_moe.losses import (
     z_loss,
 )
 from hf_moe.record import LayerRecord, RoutingRecord, routing_sums
-from hf_moe.routers import best_tokens_per_expert, noisy_top_k
+from hf_moe.routers import noisy_top_k
 from hf_moe.routing import Routing, top_k
 
 CLEAN = torch.tensor([[1, 0.5, -0.5, 0], [0.2, 0.1, 0, -0.1], [-1, 2, 0.3, 0.4]], dtype=torch.float64)
