@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from copy import deepcopy
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -35,6 +37,21 @@ _FUSED = {
 }
 
 
+class MergeExperts(MergeModulelist):
+    """Transformers' stacking of experts, also on a rank of an expert-parallel group that has none of them."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, list[Tensor]], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        if any(len(tensors) for tensors in input_dict.values()):
+            return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
+        parameter = kwargs["model"].get_parameter(kwargs["full_layer_name"])
+        parts = len(input_dict)  # such as gate and up, which are put one above the other next
+        empty = torch.empty(0, parameter.shape[1] // parts, *parameter.shape[2:], dtype=parameter.dtype)
+        return {self.get_target_pattern(parts, source, target_patterns): empty.clone() for source in list(input_dict)}
+
+
 def checkpoint_conversion() -> list[WeightConverter | WeightRenaming]:
     """What to register with `register_checkpoint_conversion_mapping`."""
     prefix = WeightRenaming(r"^(?!language_model\.)(.+)", r"language_model.\1")
@@ -42,7 +59,7 @@ def checkpoint_conversion() -> list[WeightConverter | WeightRenaming]:
         WeightConverter(
             source_patterns=list(sources),
             target_patterns=target,
-            operations=[MergeModulelist(dim=0), *([Concatenate(dim=1)] if len(sources) > 1 else [])],
+            operations=[MergeExperts(dim=0), *([Concatenate(dim=1)] if len(sources) > 1 else [])],
         )
         for sources, target in _FUSED.items()
     ]

@@ -14,10 +14,11 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .configuration_moe import BATCH_ROUTERS, MoEConfig
+from .dispatch_scope import DispatchScope, dispatching
 from .experts import DenseFFN, Experts
 from .record import current_record
 from .routers import ROUTERS, ExpertChoiceRouter
-from .routing import Routing, apply_capacity
+from .routing import Routing, apply_capacity, most_rows_per_expert
 
 
 class MoELayer(nn.Module):
@@ -139,15 +140,21 @@ class MoELayer(nn.Module):
         token_ids_T = None if record is None else _flat(record.input_ids, x_TD, "input_ids")
         routing: Routing = self.gate(x_TD, token_mask_T, token_ids_T)
         capacity_factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        rows_per_expert = None
         if capacity_factor is not None:
             shape = record.batch_shape if record is not None and record.batch_shape else hidden_states.shape[:-1]
             policy = self.config.capacity_policy
+            if token_mask_T is None:  # padding takes no capacity, but goes through the experts
+                rows_per_expert = most_rows_per_expert(self.num_experts, capacity_factor, self.top_k, shape)
             routing = apply_capacity(routing, self.num_experts, capacity_factor, shape, token_mask_T, policy)
         if record is not None:
             record.add(routing, self.num_experts, self.top_k, token_mask_T)
-        y_TD = self._run_experts(x_TD, routing)
-        if self.has_dense_part:
-            y_TD = self._add_dense(x_TD, y_TD)
+        if self._experts_are_distributed:
+            y_TD = self._run_distributed_experts(x_TD, routing, rows_per_expert)
+        else:
+            y_TD = self._run_experts(x_TD, routing)
+            if self.has_dense_part:
+                y_TD = self._add_dense(x_TD, y_TD, self._dense_part(x_TD))
         if self.dropout:
             y_TD = F.dropout(y_TD, self.dropout, self.training)
         return y_TD.view(hidden_states.shape)
@@ -160,16 +167,34 @@ class MoELayer(nn.Module):
         rows = self.experts(x_TD[token], ids.unsqueeze(-1), weights.unsqueeze(-1))
         return torch.zeros_like(x_TD).index_add(0, token, rows.to(x_TD.dtype))
 
-    def _add_dense(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
-        """Add what every token passes: the shared experts, or the dense half of a residual MoE."""
+    @property
+    def _experts_are_distributed(self) -> bool:
+        """Whether a dispatcher stands before the experts: Transformers puts it into the module's `forward`."""
+        return any("forward" in vars(module) for module in self.experts.modules())
+
+    def _run_distributed_experts(self, x_TD: Tensor, routing: Routing, rows_per_expert: int | None) -> Tensor:
+        """Experts on several ranks, and the dense part while tokens travel."""
+        dense: list[Tensor] = []
+        meanwhile = (lambda: dense.append(self._dense_part(x_TD))) if self.has_dense_part else None
+        with dispatching(DispatchScope(meanwhile, rows_per_expert)):
+            y_TD = self._run_experts(x_TD, routing)
+        if meanwhile and not dense:  # not every dispatcher has a time to fill
+            meanwhile()
+        return self._add_dense(x_TD, y_TD, dense[0]) if dense else y_TD
+
+    def _dense_part(self, x_TD: Tensor) -> Tensor:
+        """What every token passes: the shared experts, or the dense half of a residual MoE."""
+        if not self.config.num_shared_experts:
+            return self.residual_ffn(x_TD)
+        shared_TD = self.shared_experts(x_TD)
+        return self.shared_expert_gate(x_TD).sigmoid() * shared_TD if self.config.use_shared_expert_gate else shared_TD
+
+    def _add_dense(self, x_TD: Tensor, y_TD: Tensor, dense_TD: Tensor) -> Tensor:
         if self.config.num_shared_experts:
-            shared_TD = self.shared_experts(x_TD)
-            if self.config.use_shared_expert_gate:
-                shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
-            return y_TD + shared_TD
+            return y_TD + dense_TD
         precision = torch.promote_types(y_TD.dtype, torch.float32)
         share_T2 = self.residual_coefficient(x_TD).softmax(dim=-1, dtype=precision).to(y_TD.dtype)
-        return y_TD * share_T2[:, :1] + self.residual_ffn(x_TD) * share_T2[:, 1:]
+        return y_TD * share_T2[:, :1] + dense_TD * share_T2[:, 1:]
 
     def _beside(self) -> list[DenseFFN]:
         return [child for child in self.children() if isinstance(child, DenseFFN)]

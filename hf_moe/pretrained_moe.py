@@ -6,16 +6,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 
 from .checkpoint_names import fused_state_dict
 from .configuration_moe import BATCH_ROUTERS, NOISY_ROUTERS, MoEConfig
 from .dense_ffn import UnsupportedArchitectureError, find_ffns
+from .experts import Experts
 from .moe_layer import MoELayer
 from .native_blocks import experts_field, find_native_blocks
 from .parameter_counts import Shape, count_parameters
@@ -29,6 +32,10 @@ LOSS_COEFFICIENTS = {
     "z_loss": "router_z_loss_coef",
     "threshold_loss": "router_threshold_loss_coef",
 }
+
+
+# Styles of expert parameters: Transformers' own, and that of `hf_moe.expert_sharding`, which is there once that is imported.
+EVEN_SHARD, UNEVEN_SHARD = "grouped_gemm", "hf_moe_expert_shard"
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,37 @@ class MoEPreTrainedModel(PreTrainedModel):
         return self.num_parameters(exclude_embeddings=exclude_embeddings) - counts.total + (counts.active or counts.total)
 
     # ------------------------------------------------------------------ hooks of PreTrainedModel
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config: Any, device_map: Any = None) -> Any:
+        """See `DistributedMixin`. A config that builds its own meshes (`hf_moe.expert_mesh`) does."""
+        build_meshes = getattr(distributed_config, "build_meshes", None)
+        if build_meshes is None:
+            return super().prepare_distribute_model(distributed_config, device_map)
+        return distributed_config, *build_meshes()
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """See `DistributedMixin`; such a config has the last word."""
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        finish = getattr(distributed_config, "finish", None)
+        return model if finish is None else finish(model)
+
+    def init_parallel_plans(self) -> None:
+        """See `DistributedMixin`: the dense model's plans for what is left of it, and one for the experts."""
+        super().init_parallel_plans()
+        names = {replace_layer_number_by_wildcard(name) for name, _ in chain(self.named_modules(), self.named_parameters())}
+        self._tp_plan = {rule: style for rule, style in (self._tp_plan or {}).items() if rule in names}
+        shard = EVEN_SHARD if UNEVEN_SHARD not in ALL_PARALLEL_STYLES else UNEVEN_SHARD
+        self._ep_plan = {}
+        layers = {}
+        for path, module in self.named_modules():
+            if isinstance(module, Experts):
+                path = replace_layer_number_by_wildcard(path)
+                self._ep_plan |= {path: "ep_dispatch_experts"}
+                self._ep_plan |= {f"{path}.{name}": shard for name, _ in module.named_parameters(recurse=False)}
+                layers[path.partition(".*")[0] + ".*"] = "free_full_weight"
+        self._fsdp_plan = self._fsdp_plan or layers  # a class without a plan: its layers, one by one
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

@@ -7,6 +7,7 @@ is 0. This is the sentinel that Transformers' expert implementations skip.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -125,6 +126,18 @@ def apply_capacity(
     # the column of the sentinel, so that empty slots can be looked up like the others
     kept_TE1 = torch.nn.functional.pad(kept_BSE.flatten(0, 1), (0, 1), value=False)
     return routing.keep(kept_TE1.gather(1, ids_TK) | ~real_T.unsqueeze(-1), num_experts)
+
+
+def most_rows_per_expert(num_experts: int, capacity_factor: float, top_k: int, batch_shape: Sequence[int]) -> int:
+    """The most tokens of a batch that one expert can get after `apply_capacity`; known without looking at the plan.
+
+    Args:
+        num_experts, capacity_factor, batch_shape: as in `apply_capacity`.
+        top_k: K.
+    """
+    length = batch_shape[-1] if len(batch_shape) else 1
+    sequences = math.prod(batch_shape[:-1])
+    return sequences * min(length, math.ceil(length * (capacity_factor * top_k / num_experts) - 1e-9))
 
 
 def _by_expert(ids_TK: Tensor, values_TK: Tensor, num_experts: int) -> Tensor:

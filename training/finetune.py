@@ -63,14 +63,14 @@ class ModelSource:
     Attributes:
         config: of the model.
         tokenizer: folder or Hub id of the tokenizer.
-        build: makes the model.
+        build: makes the model; takes arguments of `from_pretrained`.
         records: files that tell where it comes from, for the output folder.
         notes: what is worth saying about it, a sentence each.
     """
 
     config: Any
     tokenizer: str | Path
-    build: Callable[[], Any]
+    build: Callable[..., Any]
     records: dict[str, bytes] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -112,8 +112,8 @@ def _planned(plan: Any, model: ModelArguments) -> ModelSource:
     """A model that is made in memory."""
     from hf_moe.auto import MoEConfig
 
-    def build() -> Any:
-        made = plan.build()
+    def build(**kwargs: Any) -> Any:
+        made = plan.build(**kwargs)
         if model.attn_implementation is not None:
             made.set_attn_implementation(model.attn_implementation)
         return made
@@ -121,7 +121,7 @@ def _planned(plan: Any, model: ModelArguments) -> ModelSource:
     return ModelSource(MoEConfig.from_dict(plan.config), plan.companions or model.model, build, plan.records, plan.notes)
 
 
-def _load(model: ModelArguments, config: Any) -> Any:
+def _load(model: ModelArguments, config: Any, **kwargs: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
@@ -130,6 +130,7 @@ def _load(model: ModelArguments, config: Any) -> Any:
         dtype=model.dtype,
         attn_implementation=model.attn_implementation,
         trust_remote_code=model.trust_remote_code,
+        **kwargs,
     )
 
 
@@ -171,7 +172,8 @@ def prepare(options: Options, source: ModelSource) -> MoETrainer:
     with arguments.main_process_first(desc="tokenising"):
         sequences = _tokenise_all(data, tokenizer, arguments)
     set_seed(arguments.seed)  # before the model: a router that the checkpoint lacks is drawn
-    model = source.build()
+    layout = arguments.expert_parallel
+    model = source.build(**({} if layout is None else layout.distributed(source.config)))
     collator: Any = default_data_collator
     if data.packing == "documents":
         check_documents_apart(model)
