@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers.distributed import DistributedConfig
 from transformers.distributed.utils import TransformersDeviceMesh
 
@@ -52,9 +54,11 @@ class ExpertMesh(DistributedConfig):
 
     Attributes:
         expert_replicas: copies of the experts that are kept in step by all-reduce; the rest of the copies is sharded.
+        timeout_s: seconds after which a rank that waits for another gives up; `None`: as the process group was made.
     """
 
     expert_replicas: int = 1
+    timeout_s: float | None = None
 
     @property
     def efsdp_size(self) -> int:
@@ -94,6 +98,10 @@ class ExpertMesh(DistributedConfig):
         shape = (1, self.dp_replicate_size or 1, self.fsdp_size or 1, self.tp_size or 1)
         dense = init_device_mesh(kind, shape, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
         experts = init_device_mesh(kind, (1, *self.expert_view), mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep"))
+        if self.timeout_s is not None:
+            for mesh in (dense, experts):
+                for axis in range(mesh.ndim):
+                    _set_pg_timeout(timedelta(seconds=self.timeout_s), mesh.get_group(axis))
         return device, Meshes(dense, experts)
 
     def finish(self, model: Any) -> Any:

@@ -3,12 +3,13 @@
 
     accelerator = Accelerator()
     model = load_expert_parallel("my-moe", accelerator, ep_size=8)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(parameter_groups(model))
     optimizer, loader = accelerator.prepare(optimizer, loader)
 
-The model comes sharded: it is not prepared again. Transformers does the sharding (`DistributedConfig`, FSDP2 over `efsdp`) and
-reads only this rank's part of the checkpoint. What is ours: the meshes (`expert_mesh`), experts that do not divide evenly
-(`expert_sharding`), and how tokens travel (`dispatchers`).
+The model comes sharded: it is not prepared again. `accelerator.backward`, `clip_grad_norm_` and `accumulate` work as ever.
+Transformers does the sharding (`DistributedConfig`, FSDP2 over `efsdp`) and reads only this rank's part of the checkpoint. What
+is ours: the meshes (`expert_mesh`), experts that do not divide evenly (`expert_sharding`), and how tokens travel
+(`dispatchers`).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class ExpertParallelConfig:
         chunk_rows: `"chunked"`: the most (token, expert) pairs that a rank gets in one round.
         mixed_precision: FSDP2 computes in bfloat16 and reduces in fp32.
         cpu_offload: FSDP2 keeps parameters on the host between uses.
+        timeout_s: seconds after which a rank that waits for another gives up (default: as launched, 30 minutes for Accelerate).
 
     Raises:
         ValueError: a value is not allowed.
@@ -60,6 +62,7 @@ class ExpertParallelConfig:
     chunk_rows: int = 16384
     mixed_precision: bool = False
     cpu_offload: bool = False
+    timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("dispatcher", get_args(Dispatcher)), ("dense", get_args(Dense))):
@@ -69,6 +72,8 @@ class ExpertParallelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}`={value} must be at least 1.")
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise ValueError(f"`timeout_s`={self.timeout_s} must be a positive number of seconds.")
 
     def mesh(
         self, world_size: int, num_experts: list[int], top_k: int, capacity: float | None = None
@@ -99,6 +104,7 @@ class ExpertParallelConfig:
             ep_implementation=ep_implementation(name, ranks_per_node=per_node, chunk_rows=self.chunk_rows),
             fsdp_mixed_precision=self.mixed_precision,
             fsdp_cpu_offload=self.cpu_offload,
+            timeout_s=self.timeout_s,
         )
         return mesh, f"dispatcher {name}: {reason}"
 
@@ -174,6 +180,19 @@ def load_expert_parallel(
 def is_expert_parallel(model: nn.Module) -> bool:
     """Whether a model's experts are spread over ranks."""
     return bool(sharded_experts(model))
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The trained parameters, a group for each mesh that they lie on: fused and `foreach` optimizers take one mesh at a time.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-4)  # doctest: +SKIP
+    """
+    by_mesh: dict[Any, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return [{"params": parameters} for parameters in by_mesh.values()]
 
 
 def _of_accelerator(accelerator: Any) -> dict[str, Any]:

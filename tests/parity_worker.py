@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_moe import MoEConfig, MoEForCausalLM
-from hf_moe.expert_parallel import load_expert_parallel
+from hf_moe.expert_parallel import load_expert_parallel, parameter_groups
 
 ROWS = 8  # sequences of a global batch
 SPREAD = ("ep_size", "dense", "dispatcher", "dp_replicate_size", "tp_size", "chunk_rows", "ranks_per_node")
@@ -64,7 +64,7 @@ def train(model: Any, job: dict[str, Any], accelerator: Accelerator) -> dict[str
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizers = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
     rate, kind = {"sgd": 0.03, "adamw": 1e-3}[job.get("optimizer", "sgd")], optimizers[job.get("optimizer", "sgd")]
-    optimizer = accelerator.prepare(kind(model.parameters(), lr=rate, **job.get("optimizer_options", {})))
+    optimizer = accelerator.prepare(kind(parameter_groups(model), lr=rate, **job.get("optimizer_options", {})))
     world, accumulation = accelerator.num_processes, job.get("accumulation", 1)
     batch_ranks, place = world // job.get("tp_size", 1), accelerator.process_index // job.get("tp_size", 1)
     if world == 1:  # the batches of all ranks at once
