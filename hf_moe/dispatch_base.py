@@ -104,12 +104,14 @@ class ExpertDispatcher(EPImplementation):
             ids_NK: this rank's expert ids; `num_experts_here` marks an empty slot, whose weight is 0.
             weights_NK: routing weights.
         """
+        weights = list(expert_weights(self.experts).values())
+        trained = torch.is_grad_enabled() and any(each.requires_grad for each in (x_ND, weights_NK, *weights))
         if x_ND.shape[0] and self.num_experts_here:
             y_ND = self.experts_forward(x_ND, ids_NK, weights_NK)
-            if y_ND.requires_grad or not torch.is_grad_enabled():
-                return y_ND  # else no slot was taken and a loop over experts has left everything out
+            if y_ND.requires_grad or not trained:
+                return y_ND  # else no slot was taken, and a loop over experts has left everything out
         y_ND = x_ND * weights_NK.sum(dim=-1, keepdim=True)
-        for weight in expert_weights(self.experts).values():
+        for weight in weights:
             y_ND = y_ND + weight.reshape(-1)[:0].sum()
         return y_ND.to(x_ND.dtype)
 

@@ -92,7 +92,7 @@ class ExpertParallelConfig:
         if name == "auto":
             name, reason = choose_dispatcher(
                 ep_size=self.ep_size, num_experts=max(num_experts, default=1), top_k=top_k, capacity=capacity,
-                num_nodes=nodes_of_group,
+                num_nodes=nodes_of_group, ranks_per_node=per_node,
             )  # fmt: skip
         mesh = expert_mesh(
             world_size=world_size,
