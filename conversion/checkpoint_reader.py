@@ -91,7 +91,11 @@ class Checkpoint(ABC):
     def tensor(self, name: str) -> Any:
         """The whole tensor, as torch's (imported here)."""
         info = self.tensors[name]
-        return as_torch(b"".join(self.chunks(name)), info.dtype).view(info.shape)
+        data, done = bytearray(info.nbytes), 0
+        for piece in self.chunks(name):
+            data[done : done + len(piece)] = piece
+            done += len(piece)
+        return as_torch(data, info.dtype).view(info.shape)
 
 
 class SafetensorsCheckpoint(Checkpoint):

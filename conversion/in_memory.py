@@ -1,8 +1,8 @@
 # Copyright 2026 the hf_moe authors. Licensed under the Apache License, Version 2.0.
 """A planned Mixture-of-Experts made in memory instead of on disk, in about the memory of its weights.
 
-Weights are read in pieces and put where the model will have them: no tensor of the dense model is held as a whole, and none
-of the MoE twice.
+Transformers loads it as it loads a checkpoint, from tensors that are computed when they are asked for (see `lazy_tensors`):
+none of the MoE is held twice, and of a model that is sharded over ranks each computes its shard alone.
 """
 
 from __future__ import annotations
@@ -10,31 +10,33 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
+import torch.distributed as dist
 from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from hf_moe.auto import MoEConfig, MoEForCausalLM
 
 from .architectures import reason
-from .checkpoint_reader import as_torch, json_bytes, open_checkpoint, torch_dtype
+from .checkpoint_reader import json_bytes, open_checkpoint
 from .companions import OUR_CLASS
 from .dense_source import local_folder, refuse_quantised
 from .errors import ConversionError
 from .importing import plan_import
+from .lazy_tensors import lazy_state_dict
+from .lazy_weights import LazyWeights
 from .native_formats import NATIVE_FORMATS
 from .native_plan import dtype_code
 from .payloads import OutputTensor
 from .recipe import Recipe, read_text
-from .streamed_model import NotStreamableError, tensor_sources
-from .upcycling import RECIPE_FILE, REPORT_FILE
-from .upcycling_plan import plan_upcycling
+from .upcycling_plan import RECIPE_FILE, REPORT_FILE, UpcyclingPlan, plan_upcycling
 from .verification import ExactnessReport, verify_checkpoints
 
 _GENERATION_FILE = "generation_config.json"
@@ -57,20 +59,25 @@ class PlannedModel:
     companions: Path | None
     records: dict[str, bytes]
     notes: list[str]
-    _plan: Any = field(repr=False)
+    _build: Callable[..., MoEForCausalLM] = field(repr=False)
     _verify: Callable[[MoEForCausalLM], ExactnessReport] | None = field(default=None, repr=False)
 
-    def build(self) -> MoEForCausalLM:
+    def build(self, **kwargs: Any) -> MoEForCausalLM:
         """The model that `from_pretrained` would load from the written checkpoint, in evaluation mode.
+
+        Args:
+            kwargs: arguments of `from_pretrained`. With a `distributed_config`, called on every rank, each has its shard.
 
         Raises:
             ConversionError: the source is damaged; or the recipe says `verify`, and the MoE does not compute what the method
                 promises.
         """
-        model = build_model(self.config, self.tensors)
+        model = self._build(**kwargs)
         if self.companions is not None and (self.companions / _GENERATION_FILE).is_file():
             model.generation_config = GenerationConfig.from_pretrained(self.companions)
-        if self._verify is not None:
+        if self._verify is not None and model.is_distributed_loading_by_transformers:
+            self.notes.append("not compared with the dense model: no rank has all of it")
+        elif self._verify is not None:
             report = self._verify(model)
             self.notes.append(str(report))
             if not math.isfinite(report.max_abs_diff) or (report.expected_exact and not report.exact):
@@ -116,8 +123,9 @@ def plan_upcycled(recipe: Recipe) -> PlannedModel:
         )
 
     notes = [f"promised: {plan.promise}"]
+    build = partial(build_upcycled, plan)
     return PlannedModel(
-        plan.config, plan.tensors, plan.source.companions, records, notes, plan, compare if recipe.verify else None
+        plan.config, plan.tensors, plan.source.companions, records, notes, build, compare if recipe.verify else None
     )
 
 
@@ -140,80 +148,83 @@ def plan_imported(source: str | os.PathLike, dtype: str | None = None) -> Planne
     plan = plan_import(checkpoint, code)
     report = {"kind": "import", "format": plan.format, "parents": [describe_parent(source, folder)]}
     records = {"conversion_report.json": json_bytes(report)}
-    return PlannedModel(plan.config, plan.tensors, folder, records, [f"imported from {plan.format}", *plan.notes], plan)
+    build = partial(build_model, plan.config, plan.tensors)
+    return PlannedModel(plan.config, plan.tensors, folder, records, [f"imported from {plan.format}", *plan.notes], build)
 
 
-def build_model(config: Mapping[str, Any], tensors: Sequence[OutputTensor], progress: str = "Loading") -> MoEForCausalLM:
+def build_upcycled(plan: UpcyclingPlan, **kwargs: Any) -> MoEForCausalLM:
+    """The model of a plan. What depends on whole layers or on text is computed by one rank, for all to have the same.
+
+    Args:
+        plan: the same on every rank.
+        kwargs: as of `build_model`.
+
+    Raises:
+        ConversionError: as `build_model`; or calibration failed.
+    """
+    if plan.lazy.needs_settling:
+        _settle(plan.lazy, kwargs.get("distributed_config"))
+    model = build_model(plan.config, plan.tensors, **kwargs)
+    if plan.source.model is not None and plan.source.model.can_generate():
+        model.generation_config = plan.source.model.generation_config
+    return model
+
+
+def build_model(config: Mapping[str, Any], tensors: Sequence[OutputTensor], **kwargs: Any) -> MoEForCausalLM:
     """The model that `from_pretrained` would load from a checkpoint with these tensors.
 
     Args:
         config: content of its config.json.
         tensors: by the names that they have on disk.
-        progress: what the progress bar says.
+        kwargs: arguments of `from_pretrained`, e.g. `dtype`, `attn_implementation`, `distributed_config`.
 
     Raises:
-        ConversionError: a tensor is missing, or of another shape than the model's.
+        ConversionError: a tensor is missing, or of another shape than the model's; or the source is damaged.
     """
     moe_config = MoEConfig.from_dict(dict(config))
-    with torch.device("meta"):
-        empty = MoEForCausalLM(moe_config)
-    try:
-        state, places = _allocate(empty, tensors)
-    except NotStreamableError:  # `from_pretrained` merges or splits more than experts: it needs the tensors as on disk
-        places = {t.name: torch.empty(t.nbytes, dtype=torch.uint8).view(torch_dtype(t.dtype)) for t in tensors}
-        state = {t.name: places[t.name].view(t.shape) for t in tensors}
-    _fill(tensors, places, progress)
-    # tensors that have the model's names, shapes and dtypes already are taken as they are, not copied
-    model = MoEForCausalLM.from_pretrained(None, config=moe_config, state_dict=state, dtype=moe_config.dtype).eval()
+    wanted = kwargs.pop("dtype", None)
+    if wanted in (None, "auto"):
+        wanted = moe_config.dtype
+    dtype: torch.dtype = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+    ep_size = getattr(kwargs.get("distributed_config"), "ep_size", None) or 1
+    state: Any = lazy_state_dict(moe_config, tensors, dtype, ep_size)
+    with _progress_on_one_rank():
+        model = MoEForCausalLM.from_pretrained(None, config=moe_config, state_dict=state, dtype=dtype, **kwargs).eval()
     vars(model).pop("_weight_conversions", None)  # or it would be saved under these names, not under those on disk
     return model
 
 
-def _allocate(model: MoEForCausalLM, tensors: Sequence[OutputTensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Room for the weights.
-
-    Returns:
-        Empty tensors by name in the model; and by name on disk the flat part of them in which a tensor's values belong.
-    """
-    planned = {tensor.name: tensor for tensor in tensors}
-    sources, shapes = tensor_sources(model, planned), {name: value.shape for name, value in model.state_dict().items()}
-    missing = sorted(set(shapes) - set(sources))
-    if missing:
-        raise ConversionError(f"Tensor `{missing[0]}` of the model is not planned ({len(missing)} in all).")
-    state: dict[str, Tensor] = {}
-    places: dict[str, Tensor] = {}
-    for name, source in sources.items():
-        experts = source if isinstance(source, list) else [source]
-        if experts[0][0] in places:  # tied to another
-            continue
-        dtype = torch_dtype(planned[experts[0][0]].dtype)
-        state[name] = torch.empty(shapes[name], dtype=dtype)
-        flat, start = state[name].view(-1), 0
-        for part in (planned[part] for expert in experts for part in expert):  # gate and up lie one after the other
-            size = part.payload.nbytes // dtype.itemsize
-            places[part.name] = flat[start : start + size]
-            start += size
-        if start != flat.numel():
-            raise ConversionError(f"`{name}` has {flat.numel()} values in the model, but {start} are planned.")
-    return state, places
+def _settle(lazy: LazyWeights, distributed_config: Any) -> None:
+    """Have calibration done: by the first rank of a sharded model for all, since its last bits depend on the machine."""
+    if distributed_config is not None and not dist.is_initialized():
+        MoEForCausalLM.prepare_distribute_model(distributed_config)  # joins the process group, as loading would
+    if distributed_config is None or not dist.is_initialized():
+        lazy.settle()
+        return
+    told: list[Any] = [None, None]  # what was computed, or why it was not
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            told[0] = lazy.settle()
+        except Exception as error:  # the others wait: they must hear of any
+            failure, told[1] = error, f"{type(error).__name__}: {error}"
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise failure or ConversionError(f"On rank 0: {told[1]}")
+    lazy.adopt(told[0])
 
 
-def _fill(tensors: Sequence[OutputTensor], places: Mapping[str, Tensor], progress: str) -> None:
-    """Read every tensor and put it in its place; equal payloads are read once."""
-    groups: dict[Any, list[OutputTensor]] = {}
-    for tensor in tensors:
-        if tensor.name in places:
-            groups.setdefault(tensor.payload, []).append(tensor)
-    total = sum(tensor.nbytes for group in groups.values() for tensor in group)
-    with tqdm(total=total, desc=progress, unit="B", unit_scale=True, mininterval=0.3, leave=False, disable=None) as bar:
-        for payload, group in groups.items():
-            start = 0
-            for piece in payload.chunks():
-                values = as_torch(bytes(piece) if piece.readonly else piece, group[0].dtype)
-                for tensor in group:
-                    places[tensor.name][start : start + values.numel()].copy_(values)
-                    bar.update(len(piece))
-                start += values.numel()
+@contextmanager
+def _progress_on_one_rank() -> Iterator[None]:
+    """Transformers' progress bars on the first rank of a run alone."""
+    if int(os.environ.get("RANK", "0")) == 0 or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
 
 
-__all__ = ["PlannedModel", "build_model", "checkpoint_kind", "plan_imported", "plan_upcycled"]
+__all__ = ["PlannedModel", "build_model", "build_upcycled", "checkpoint_kind", "plan_imported", "plan_upcycled"]

@@ -8,6 +8,7 @@ conversion's folder: a run that goes on after another must go on with the same.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,24 @@ class LazyWeights:
     def set_layers(self, layers: dict[int, LayerPlan]) -> None:
         """The layers that are converted."""
         self._layers = layers
+
+    @property
+    def needs_settling(self) -> bool:
+        """Whether anything depends on a whole layer or on text."""
+        return isinstance(self._method, Split) or self._recipe.router_init == "prompts"
+
+    def settle(self) -> dict[str, Tensor]:
+        """Compute now, for all layers, what depends on a whole layer or on text: it is small. Returned by name, for `adopt`."""
+        for layer, plan in self._layers.items() if self.needs_settling else ():
+            if isinstance(self._method, Split):
+                self._neurons(layer, plan.readers[0])
+            if plan.router_rows is not None:
+                self.router_rows(layer)
+        return dict(self._known)
+
+    def adopt(self, settled: Mapping[str, Tensor]) -> None:
+        """Take what `settle` returned in another process, so that nothing of it is computed here."""
+        self._known |= settled
 
     def expert_weight(self, layer: int, expert: int, role: Role, reader: FFNReader) -> Tensor:
         """One tensor of one expert, before its scale."""

@@ -64,7 +64,7 @@ def streamed_model(
     sources = tensor_sources(model, checkpoint.tensors)
     _refuse_missing(model, sources, checkpoint)
     _make_buffers(model, sources, checkpoint)
-    own_dtypes = _parameter_dtypes(model, dtype)
+    own_dtypes = parameter_dtypes(model, dtype)
     if compute_dtype is not None:
         model = nn.Module.to(model, dtype=compute_dtype)
     for name, own in own_dtypes.items():
@@ -170,8 +170,9 @@ def tensor_sources(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tu
 
 
 def _stacks_experts(converter: WeightConverter) -> bool:
-    kinds = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
-    return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+    stacked = [isinstance(operation, MergeModulelist) and operation.dim == 0 for operation in converter.operations[:1]]
+    joined = [isinstance(operation, Concatenate) and operation.dim == 1 for operation in converter.operations[1:]]
+    return stacked == [True] and joined in ([], [True])
 
 
 def _refuse_missing(model: PreTrainedModel, sources: dict[str, Any], checkpoint: Checkpoint) -> None:
@@ -202,7 +203,7 @@ def _make_buffers(model: PreTrainedModel, sources: dict[str, Any], checkpoint: C
     model.initialize_weights()
 
 
-def _parameter_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+def parameter_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """What `from_pretrained` loads each parameter as."""
     keep_fp32 = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
     return {
@@ -218,4 +219,12 @@ def _check_count(names: list[tuple[str, ...]], expected: int, checkpoint: Checkp
         )
 
 
-__all__ = ["NotStreamableError", "own_dtype", "read_config", "streamed_model", "tensor_sources", "whole_model"]
+__all__ = [
+    "NotStreamableError",
+    "own_dtype",
+    "parameter_dtypes",
+    "read_config",
+    "streamed_model",
+    "tensor_sources",
+    "whole_model",
+]

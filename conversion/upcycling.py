@@ -20,7 +20,7 @@ from .companions import code_files, companion_files
 from .errors import ConversionError
 from .methods import Preservation
 from .recipe import MOE_FIELDS, Recipe, read_text
-from .upcycling_plan import UpcyclingPlan, plan_upcycling
+from .upcycling_plan import RECIPE_FILE, REPORT_FILE, UpcyclingPlan, plan_upcycling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from hf_moe.modeling_moe import MoEForCausalLM
 
     from .verification import ExactnessReport
-
-REPORT_FILE, RECIPE_FILE = "upcycling_report.json", "recipe.yaml"
 
 
 @dataclass
@@ -117,7 +115,9 @@ def run_recipe(recipe: Recipe, model: PreTrainedModel | None = None) -> Upcyclin
     text = read_text(recipe.text)
     plan = plan_upcycling(recipe, model)
     if destination is None:
-        moe = _in_memory(plan)
+        from .in_memory import build_upcycled
+
+        moe = build_upcycled(plan)
         return UpcyclingResult(None, _verify(plan, moe, text) if recipe.verify else None, plan.promise, moe)
     finished = _finished_report(destination, plan.job, recipe.verify)
     if finished is not None:
@@ -203,12 +203,3 @@ def _files_of_model(model: Any) -> dict[str, bytes]:
     if model is None or not model.can_generate():
         return {}
     return {"generation_config.json": model.generation_config.to_json_string().encode()}
-
-
-def _in_memory(plan: UpcyclingPlan) -> MoEForCausalLM:
-    from .in_memory import build_model
-
-    model = build_model(plan.config, plan.tensors)
-    if plan.source.model is not None and plan.source.model.can_generate():
-        model.generation_config = plan.source.model.generation_config
-    return model

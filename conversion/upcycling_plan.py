@@ -20,6 +20,7 @@ from .companions import OUR_CLASS, same_tokenizer
 from .dense_source import DenseSource, open_dense
 from .errors import ConversionError
 from .ffn_tensors import AveragedFFNReader, FFNReader
+from .lazy_weights import LazyWeights
 from .methods import Merge, Method, Preservation
 from .moe_tensors import ZERO_AT_THE_START, LayerPlan, router_std, starting_router
 from .payloads import Averaged, Made, OutputTensor, SourceBytes, carried, natural_key
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What a conversion leaves beside the checkpoint to tell where that comes from.
+REPORT_FILE, RECIPE_FILE = "upcycling_report.json", "recipe.yaml"
 # Fields of a config in which fine-tunes of one base may differ.
 _MAY_DIFFER = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "auto_map", "bos_token_id",
                "eos_token_id", "pad_token_id", "attention_dropout", "hidden_dropout")  # fmt: skip
@@ -47,6 +50,7 @@ class UpcyclingPlan:
         tensors: of the output, in their order.
         promise: whether the function is kept, and why.
         job: tells this conversion from any other.
+        lazy: what of `tensors` depends on whole layers or on text.
     """
 
     recipe: Recipe
@@ -55,6 +59,7 @@ class UpcyclingPlan:
     tensors: list[OutputTensor]
     promise: Preservation
     job: str
+    lazy: LazyWeights = dataclasses.field(repr=False, compare=False)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -82,13 +87,16 @@ def plan_upcycling(recipe: Recipe, model: PreTrainedModel | None = None) -> Upcy
     branches = [open_dense(source, **opened) for source in recipe.models or []]
     check_branches(base, branches)
     fields = recipe.moe_fields(base.num_layers, warn=logger.warning)
-    layers, promise = _plan_layers(recipe, method, fields, base, branches)
+    lazy = LazyWeights(
+        recipe, method, base, None if recipe.destination is None else workspace_of(Path(recipe.destination)) / "memo"
+    )
+    layers, promise = _plan_layers(recipe, method, fields, base, branches, lazy)
     tensors = _all_tensors(recipe, base, branches, layers)
     identity = [source.checkpoint.identity for source in (base, *branches)]
     settled = {name: value for name, value in recipe.to_dict().items() if name not in ("destination", "verify")}
     shapes = [(t.name, t.dtype, t.shape) for t in tensors]
     job = hashlib.blake2b(json.dumps([__version__, settled, identity, shapes]).encode(), digest_size=16).hexdigest()
-    return UpcyclingPlan(recipe, base, fields, tensors, promise, job)
+    return UpcyclingPlan(recipe, base, fields, tensors, promise, job, lazy)
 
 
 def check_branches(base: DenseSource, branches: Iterable[DenseSource]) -> None:
@@ -125,15 +133,16 @@ def _where(source: DenseSource) -> str:
 
 
 def _plan_layers(
-    recipe: Recipe, method: Method, fields: PlannedFields, base: DenseSource, branches: list[DenseSource]
+    recipe: Recipe,
+    method: Method,
+    fields: PlannedFields,
+    base: DenseSource,
+    branches: list[DenseSource],
+    lazy: LazyWeights,
 ) -> tuple[dict[int, LayerPlan], Preservation]:
-    from .lazy_weights import LazyWeights
-
     layers: dict[int, LayerPlan] = {}
     promises = []
     drawn = recipe.router_init != "prompts"
-    memo = None if recipe.destination is None else workspace_of(Path(recipe.destination)) / "memo"
-    lazy = LazyWeights(recipe, method, base, memo)
     for index, experts in zip(fields.moe_layers, fields.num_experts_per_layer, strict=True):
         if index not in base.ffns:
             others = [i for i in range(base.num_layers) if i not in base.ffns]
