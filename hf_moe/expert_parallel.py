@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .auto import MoEConfig
 from .dispatchers import choose_dispatcher, ep_implementation, register_dispatchers
+from .expert_lora import allow_adapters
 from .expert_mesh import Dense, ExpertMesh, expert_mesh
-from .expert_sharding import sharded_experts
 from .native_blocks import experts_field
 
 Dispatcher = Literal["auto", "all_to_all", "deduplicated", "capacity", "hierarchical", "chunked"]
@@ -128,6 +128,12 @@ class ExpertParallelConfig:
                 )
             return {}
         mesh, why = self.mesh(world_size, *experts)
+        if not isinstance(model_config, MoEConfig) and mesh.expert_replicas != mesh.dp_replicate_size:
+            raise ValueError(
+                f"`dense`={self.dense!r}, `ep_size`={self.ep_size}: Transformers lays out a native MoE (type "
+                f"{model_config.model_type!r}) with `dense`='fsdp' and experts that divide evenly. Choose that, or import the "
+                "model (`hf-moe import`)."
+            )
         if dist.get_rank() == 0 and not quiet:
             print(f"{_summary(mesh)}; {why}\n{mesh.table()}", flush=True)
         return {"distributed_config": mesh}
@@ -174,12 +180,15 @@ def load_expert_parallel(
 
         plan = plan_into_shards(path, upcycle)
         model_config, build = MoEConfig.from_dict(plan.config), plan.build
-    return build(**layout.distributed(model_config, quiet), **kwargs)
+    model = build(**layout.distributed(model_config, quiet), **kwargs)
+    allow_adapters(model)
+    return model
 
 
 def is_expert_parallel(model: nn.Module) -> bool:
-    """Whether a model's experts are spread over ranks."""
-    return bool(sharded_experts(model))
+    """Whether a model's experts are spread over ranks, by this module or by Transformers alone."""
+    meshes = [getattr(module, "_mesh_manager", None) for module in model.modules()]
+    return any(mesh is not None and mesh.get_mesh("ep").size() > 1 for mesh in meshes)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

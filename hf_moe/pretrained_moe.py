@@ -18,7 +18,6 @@ from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace
 from .checkpoint_names import fused_state_dict
 from .configuration_moe import BATCH_ROUTERS, NOISY_ROUTERS, MoEConfig
 from .dense_ffn import UnsupportedArchitectureError, find_ffns
-from .experts import Experts
 from .moe_layer import MoELayer
 from .native_blocks import experts_field, find_native_blocks
 from .parameter_counts import Shape, count_parameters
@@ -147,15 +146,18 @@ class MoEPreTrainedModel(PreTrainedModel):
         names = {replace_layer_number_by_wildcard(name) for name, _ in chain(self.named_modules(), self.named_parameters())}
         self._tp_plan = {rule: style for rule, style in (self._tp_plan or {}).items() if rule in names}
         shard = EVEN_SHARD if UNEVEN_SHARD not in ALL_PARALLEL_STYLES else UNEVEN_SHARD
-        self._ep_plan = {}
-        layers = {}
+        self._ep_plan, layers, routers = {}, {}, {}
         for path, module in self.named_modules():
-            if isinstance(module, Experts):
+            if isinstance(module, MoELayer):
                 path = replace_layer_number_by_wildcard(path)
-                self._ep_plan |= {path: "ep_dispatch_experts"}
-                self._ep_plan |= {f"{path}.{name}": shard for name, _ in module.named_parameters(recurse=False)}
+                self._ep_plan |= {f"{path}.experts": "ep_dispatch_experts"}
+                self._ep_plan |= {f"{path}.experts.{name}": shard for name, _ in module.experts.named_parameters()}
                 layers[path.partition(".*")[0] + ".*"] = "free_full_weight"
+                if any(True for _ in module.gate.parameters()):
+                    routers[f"{path}.gate"] = "free_full_weight"
         self._fsdp_plan = self._fsdp_plan or layers  # a class without a plan: its layers, one by one
+        if len({parameter.dtype for parameter in self.parameters()}) > 1:  # FSDP2 gathers parameters of one dtype at a time
+            self._fsdp_plan = {**routers, **self._fsdp_plan}
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

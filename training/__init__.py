@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .load_file import read_expert_load
     from .lora import export_expert_adapters, lora_summary, moe_lora_config
     from .metrics import RoutingWindow, load_metrics
+    from .placement import ExpertPlacementCallback
     from .plots import plot_expert_load, plot_load_heat_map
     from .report import write_report
     from .schedules import CapacityScheduleCallback, NoiseScheduleCallback, RouterFreezeCallback
@@ -23,6 +24,7 @@ _HOMES = {
     "CapacityScheduleCallback": "schedules",
     "DeadExpertCallback": "dead_experts",
     "ExpertLoadCallback": "callbacks",
+    "ExpertPlacementCallback": "placement",
     "LossFreeBalancingCallback": "callbacks",
     "MoETrainer": "trainer",
     "MoETrainingArguments": "trainer",
@@ -54,6 +56,7 @@ __all__ = [
     "CapacityScheduleCallback",
     "DeadExpertCallback",
     "ExpertLoadCallback",
+    "ExpertPlacementCallback",
     "LossFreeBalancingCallback",
     "MoETrainer",
     "MoETrainingArguments",

@@ -265,7 +265,9 @@ def make_copies(layer: StackedLayer, copies: Copies, noise: float, seed: str, op
         seed: with the layer, the tensor and the row it fixes the noise.
         optimizer: see `copy_row`.
     """
-    tables = [(layer.expert_tensors(), copies.experts, 3), (layer.router_tensors(), copies.experts, 2)]
+    slots = getattr(layer.experts, "slot_of_expert", None)  # experts may have changed places between ranks
+    lying = copies.experts if slots is None else [(int(slots[s]), int(slots[t])) for s, t in copies.experts]
+    tables = [(layer.expert_tensors(), lying, 3), (layer.router_tensors(), copies.experts, 2)]
     for tensors, pairs, least_dim in [*tables, (layer.group_tensors(), copies.groups, 2)]:
         for name, tensor in tensors.items():
             scale = noise if tensor.dim() >= least_dim else 0.0

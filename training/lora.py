@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_moe.expert_lora import allow_adapters, sharded_lora_config
+
 from .lora_export import export_expert_adapters
 from .lora_parts import ATTENTION, DENSE_FFN, EXPERTS, KINDS, ROUTER, SHARED_EXPERTS, Part, below_layer, find_parts
 from .lora_summary import LoraSummary, lora_summary
@@ -56,7 +58,7 @@ def moe_lora_config(
     """A `LoraConfig` for a MoE of hf_moe or of Transformers, over any dense family.
 
     Args:
-        model: without adapters. Its weights may be on the meta device.
+        model: without adapters. Its weights may be on the meta device, or sharded at load time (`load_expert_parallel`).
         experts: adapt the routed experts, each with a pair of its own.
         router: train the routers whole, and the gates that mix shared and routed experts; else they stay as they are.
         attention: adapt all linear layers that mix tokens.
@@ -101,6 +103,9 @@ def moe_lora_config(
     config = LoraConfig(**{**options, **_targets(model, chosen, list(kwargs.get("modules_to_save") or []))})
     config = _keep_targets(config, model, options)
     _check_parameters(config, options)
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        allow_adapters(model)
+        config = sharded_lora_config(config)
     if verbose and _is_main_process():
         print(lora_summary(model, config))
     return config
