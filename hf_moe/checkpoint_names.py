@@ -40,12 +40,12 @@ _FUSED = {
 class MergeExperts(MergeModulelist):
     """Transformers' stacking of experts, also on a rank of an expert-parallel group that has none of them."""
 
-    @torch.no_grad()
-    def convert(
-        self, input_dict: dict[str, list[Tensor]], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Tensor]:
+    def convert(  # type: ignore[override]  # the decorator of Transformers' own hides its signature
+        self, input_dict: Any, source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> Any:
         if any(len(tensors) for tensors in input_dict.values()):
-            return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
+            stack: Any = super().convert
+            return stack(input_dict, source_patterns, target_patterns, **kwargs)
         parameter = kwargs["model"].get_parameter(kwargs["full_layer_name"])
         parts = len(input_dict)  # such as gate and up, which are put one above the other next
         empty = torch.empty(0, parameter.shape[1] // parts, *parameter.shape[2:], dtype=parameter.dtype)

@@ -20,7 +20,7 @@ class DispatchScope:
     Attributes:
         meanwhile: work that needs no exchange (the shared experts). A dispatcher calls it once, after it has started to send
             tokens and before it waits for them; the layer does it afterwards if none did.
-        rows_per_expert: the most tokens of this rank's batch that one expert gets (its capacity); `None` if dropless, or unknown.
+        rows_per_expert: the most tokens of this rank's batch that one expert gets (its capacity); `None`: unknown.
     """
 
     meanwhile: Callable[[], None] | None = None

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -59,6 +59,11 @@ class ExpertMesh(DistributedConfig):
 
     expert_replicas: int = 1
     timeout_s: float | None = None
+    if TYPE_CHECKING:  # numbers, once the config is made
+        ep_size: Any = None
+        tp_size: Any = None
+        fsdp_size: Any = None
+        dp_replicate_size: Any = None
 
     @property
     def efsdp_size(self) -> int:
@@ -95,7 +100,7 @@ class ExpertMesh(DistributedConfig):
         device = torch.device(kind) if kind == "cpu" else torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
         if kind != "cpu":
             torch.accelerator.set_device_index(device.index)
-        shape = (1, self.dp_replicate_size or 1, self.fsdp_size or 1, self.tp_size or 1)
+        shape = (1, self.dp_replicate_size, self.fsdp_size, self.tp_size)
         dense = init_device_mesh(kind, shape, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
         experts = init_device_mesh(kind, (1, *self.expert_view), mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep"))
         if self.timeout_s is not None:
@@ -124,7 +129,7 @@ class ExpertMesh(DistributedConfig):
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
     def _row(self, rank: int, names: list[str] | None) -> list[Any]:
-        tp, fsdp = self.tp_size or 1, self.fsdp_size or 1
+        tp, fsdp = self.tp_size, self.fsdp_size
         batch = rank // tp
         copies = rank // self.ep_size
         place = [rank, *([names[rank]] if names else []), batch, rank % tp, f"{batch % fsdp}/{fsdp}"]

@@ -45,8 +45,7 @@ class ExpertParallelConfig:
         tp_size: ranks that share a batch and split the dense layers, where the model's class has a plan for it.
         ranks_per_node: GPUs of a node (default: as launched).
         chunk_rows: `"chunked"`: the most (token, expert) pairs that a rank gets in one round.
-        mixed_precision: FSDP2 computes in bfloat16 and reduces in fp32.
-        cpu_offload: FSDP2 keeps parameters on the host between uses.
+        mixed_precision: FSDP2 gathers and computes in bfloat16 and reduces in fp32; routers stay in fp32.
         timeout_s: seconds after which a rank that waits for another gives up (default: as launched, 30 minutes for Accelerate).
 
     Raises:
@@ -61,7 +60,6 @@ class ExpertParallelConfig:
     ranks_per_node: int | None = None
     chunk_rows: int = 16384
     mixed_precision: bool = False
-    cpu_offload: bool = False
     timeout_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -88,7 +86,8 @@ class ExpertParallelConfig:
         """
         per_node = self.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         nodes_of_group = -(-self.ep_size // per_node)
-        name, reason = self.dispatcher, "as asked for"
+        name: str = self.dispatcher
+        reason = "as asked for"
         if name == "auto":
             name, reason = choose_dispatcher(
                 ep_size=self.ep_size, num_experts=max(num_experts, default=1), top_k=top_k, capacity=capacity,
@@ -103,7 +102,6 @@ class ExpertParallelConfig:
             num_experts=num_experts,
             ep_implementation=ep_implementation(name, ranks_per_node=per_node, chunk_rows=self.chunk_rows),
             fsdp_mixed_precision=self.mixed_precision,
-            fsdp_cpu_offload=self.cpu_offload,
             timeout_s=self.timeout_s,
         )
         return mesh, f"dispatcher {name}: {reason}"
@@ -241,7 +239,7 @@ def _experts_of(config: Any) -> tuple[list[int], int, float | None]:
 
 def _summary(mesh: ExpertMesh) -> str:
     dense = f"{mesh.dp_replicate_size} replica(s) × {mesh.fsdp_size} FSDP shard(s)"
-    tp = f" × {mesh.tp_size} TP" if (mesh.tp_size or 1) > 1 else ""
+    tp = f" × {mesh.tp_size} TP" if mesh.tp_size > 1 else ""
     copies = f"{mesh.expert_replicas} replica(s) × {mesh.efsdp_size} FSDP shard(s)"
     return f"{mesh.world_size} ranks: dense parameters in {dense}{tp}; experts over {mesh.ep_size} ranks in {copies}"
 

@@ -63,4 +63,5 @@ def sharded_experts(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if is_sharded_over_experts(module)]
 
 
-ALL_PARALLEL_STYLES.register(UNEVEN_SHARD, UnevenExpertShard(Shard(0), shards_expert_dim=True))
+_STYLE: Any = UnevenExpertShard(Shard(0), shards_expert_dim=True)
+ALL_PARALLEL_STYLES.register(UNEVEN_SHARD, _STYLE)

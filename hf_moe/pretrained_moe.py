@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
@@ -136,7 +140,11 @@ class MoEPreTrainedModel(PreTrainedModel):
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
         """See `DistributedMixin`; such a config has the last word."""
+        if getattr(distributed_config, "fsdp_mixed_precision", False):
+            model._fsdp_plan = {**model._router_fsdp_plan, **model._fsdp_plan}
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        for layer in model.moe_layers:
+            _gather_as_it_is(layer.gate)
         finish = getattr(distributed_config, "finish", None)
         return model if finish is None else finish(model)
 
@@ -156,6 +164,7 @@ class MoEPreTrainedModel(PreTrainedModel):
                 if any(True for _ in module.gate.parameters()):
                     routers[f"{path}.gate"] = "free_full_weight"
         self._fsdp_plan = self._fsdp_plan or layers  # a class without a plan: its layers, one by one
+        self._router_fsdp_plan = routers
         if len({parameter.dtype for parameter in self.parameters()}) > 1:  # FSDP2 gathers parameters of one dtype at a time
             self._fsdp_plan = {**routers, **self._fsdp_plan}
 
@@ -194,11 +203,31 @@ class MoEPreTrainedModel(PreTrainedModel):
         """See `PreTrainedModel.resize_token_embeddings`."""
         return self._dense_model().resize_token_embeddings(*args, **kwargs)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """See `PreTrainedModel.save_pretrained`. The code goes along, for `AutoModel` and `AutoModelForCausalLM` alike."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """See `PreTrainedModel.save_pretrained`. The code goes along, for `AutoModel` and `AutoModelForCausalLM` alike.
+
+        A model that is spread over ranks is written tensor by tensor; every rank has to call.
+        """
         classes = [c for c in MoEPreTrainedModel.__subclasses__() if c._auto_class is not None]
         self.config.auto_map = {c._auto_class: f"{c.__module__.rpartition('.')[2]}.{c.__name__}" for c in classes}
-        super().save_pretrained(*args, **kwargs)
+        if self.is_distributed_loading_by_transformers and not args and find_spec("hf_moe") is not None:
+            import_module("hf_moe.expert_checkpoint").save_expert_parallel(self, save_directory, **kwargs)
+        else:  # also where this file came with a checkpoint, and hf_moe is not installed
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """See `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: the folder is a checkpoint of a training whose model was spread over ranks.
+        """
+        if os.path.isdir(os.path.join(str(pretrained_model_name_or_path), "distributed_checkpoint")):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a checkpoint of an expert-parallel training. Resume from it, or make a "
+                "model of it with `hf-moe consolidate`."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def _dense_model(self) -> PreTrainedModel:
         return self.language_model
@@ -276,3 +305,13 @@ class MoEPreTrainedModel(PreTrainedModel):
         for listener in self._routing_listeners:
             if listener.in_eval or (self.training and record.grad_enabled):
                 listener.call(record)
+
+
+def _gather_as_it_is(router: Any) -> None:
+    """Have FSDP2's mixed precision leave a router in fp32, where it manages the router by itself."""
+    state = getattr(router, "_get_fsdp_state", lambda: None)()
+    if state is not None:
+        state._mp_policy = MixedPrecisionPolicy()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in groups:
+            group.mp_policy = state._mp_policy  # read at the first forward

@@ -28,8 +28,31 @@ CORE = {
     "checkpoint_names": set(),
     "moe_layer": {"configuration_moe", "dispatch_scope", "experts", "record", "routers", "routing"},
     "pretrained_moe": {
-        "checkpoint_names", "configuration_moe", "dense_ffn", "experts", "moe_layer", "native_blocks", "parameter_counts", "record",
+        "checkpoint_names", "configuration_moe", "dense_ffn", "moe_layer", "native_blocks", "parameter_counts", "record",
     },
+    "exchange": set(),
+    "dispatch_base": {"dispatch_scope"},
+    "dispatch_all_to_all": {"dispatch_base", "exchange"},
+    "dispatch_deduplicated": {"dispatch_base", "exchange"},
+    "dispatch_capacity": {"dispatch_base", "dispatch_scope", "exchange"},
+    "dispatch_hierarchical": {"dispatch_base", "dispatch_deduplicated"},
+    "dispatch_chunked": {"dispatch_base", "exchange"},
+    "dispatchers": {
+        "dispatch_all_to_all", "dispatch_base", "dispatch_capacity", "dispatch_chunked", "dispatch_deduplicated",
+        "dispatch_hierarchical",
+    },
+    "expert_sharding": {"pretrained_moe"},
+    "expert_mesh": {"expert_sharding"},
+    "tensor_pieces": set(),
+    "checkpoint_files": set(),
+    "optimizer_groups": {"tensor_pieces"},
+    "streamed_checkpoint": {"auto", "checkpoint_files", "tensor_pieces"},
+    "expert_checkpoint": {"expert_placement", "optimizer_groups", "streamed_checkpoint", "tensor_pieces"},
+    "placement_plan": set(),
+    "expert_placement": {"placement_plan"},
+    "expert_lora_layers": set(),
+    "expert_lora": {"expert_lora_layers"},
+    "expert_parallel": {"auto", "dispatchers", "expert_lora", "expert_mesh", "native_blocks"},
     "modeling_moe": {"balance", "callers_loss", "checkpoint_names", "configuration_moe", "pretrained_moe", "record"},
 }  # fmt: skip
 
@@ -79,7 +102,8 @@ def test_folders_do_not_import_each_other() -> None:
         "hf_moe": set(),
     }
     forbidden["hf_moe"] = {"training", "conversion", "model_cards"}
-    applications = {"finetune.py", "demo.py"}  # `hf-moe train` upcycles and imports in memory
+    # `hf-moe train` upcycles and imports in memory, `load_expert_parallel` upcycles into shards
+    applications = {"finetune.py", "demo.py", "expert_parallel.py"}
     for folder, others in forbidden.items():
         for path in (ROOT / folder).glob("*.py"):
             if path.name in applications:

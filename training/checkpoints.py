@@ -14,8 +14,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_moe.checkpoint_names import fused_state_dict
+from hf_moe.expert_checkpoint import DISTRIBUTED_FOLDER, missing_part
 from hf_moe.pretrained_moe import MoEPreTrainedModel
 
+STATE = "MoETrainer"  # in `trainer_state.json`, among what callbacks keep there
 _OF_TORCH = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "training_args.bin", "rng_state*.pth")
 
 
@@ -30,7 +32,8 @@ def what_is_missing(checkpoint: str | Path) -> str | None:
     """The first file of a checkpoint that is missing or cut short, or `None` if it is whole.
 
     `Trainer` writes `trainer_state.json` last, so where that is whole the others were written; they are looked at as well,
-    by their headers, since ranks write files of their own and a full disk can cut any.
+    by their headers, since ranks write files of their own and a full disk can cut any. Of a distributed checkpoint, which may
+    be written in the background, `.metadata` comes last.
     """
     folder = Path(checkpoint)
     try:
@@ -43,9 +46,23 @@ def what_is_missing(checkpoint: str | Path) -> str | None:
         absent = _absent_shard(index)
         if absent is not None:
             return absent
+    if (folder / DISTRIBUTED_FOLDER).is_dir():
+        absent = _absent_part(folder, state)
+        if absent is not None:
+            return absent
     cut = [path for path in folder.glob("*.safetensors") if not _is_whole_safetensors(path)]
     cut += [path for pattern in _OF_TORCH for path in folder.glob(pattern) if not zipfile.is_zipfile(path)]
     return cut[0].name if cut else None
+
+
+def _absent_part(folder: Path, state: dict[str, Any]) -> str | None:
+    """What is missing of a distributed checkpoint, and of what each rank writes beside it."""
+    part = missing_part(folder / DISTRIBUTED_FOLDER)
+    if part is not None:
+        return f"{DISTRIBUTED_FOLDER}/{part}"
+    world = state.get("stateful_callbacks", {}).get(STATE, {}).get("attributes", {}).get("world_size", 1)
+    of_ranks = [f"rng_state_{rank}.pth" for rank in range(world)] if world > 1 else ["rng_state.pth"]
+    return next((name for name in ("scheduler.pt", *of_ranks) if not (folder / name).is_file()), None)
 
 
 def _absent_shard(index: Path) -> str | None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from hf_moe.expert_parallel import ExpertParallelConfig
 
@@ -35,6 +35,24 @@ class ExpertParallelArguments:
         default=16384, metadata={"help": "chunked: the most (token, expert) pairs that a rank gets in one round."}
     )
 
+    expert_parallel_mixed_precision: bool = field(
+        default=False, metadata={"help": "FSDP2 gathers and computes in bfloat16; routers stay in fp32."}
+    )
+
+    def check_expert_parallel(self) -> None:
+        """Refuse options without an effect, or with values that are not allowed.
+
+        Raises:
+            ValueError: naming the option, its value and the remedy.
+        """
+        if self.expert_parallel is not None:
+            return
+        for item in fields(ExpertParallelArguments):
+            if getattr(self, item.name) != item.default:
+                raise ValueError(
+                    f"`{item.name}`={getattr(self, item.name)!r} is of expert parallelism. Give `expert_parallel_size`, too."
+                )
+
     @property
     def expert_parallel(self) -> ExpertParallelConfig | None:
         """How the model is to be spread over ranks; `None` where `expert_parallel_size` is not given.
@@ -51,4 +69,5 @@ class ExpertParallelArguments:
             dp_replicate_size=self.expert_parallel_nodes,
             tp_size=self.expert_parallel_tp_size,
             chunk_rows=self.expert_parallel_chunk_rows,
+            mixed_precision=self.expert_parallel_mixed_precision,
         )

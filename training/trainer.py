@@ -3,27 +3,30 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
 
+from hf_moe.expert_parallel import ExpertParallelConfig, load_expert_parallel
+
 from .callbacks import ExpertLoadCallback, LossFreeBalancingCallback
-from .checkpoints import last_whole_checkpoint, reading_names_on_disk, what_is_missing
+from .checkpoints import STATE, last_whole_checkpoint, reading_names_on_disk, what_is_missing
+from .distributed_checkpoints import DistributedCheckpointTrainer
+from .parallel_arguments import ExpertParallelArguments
 from .parameter_groups import PARTS, Part, check_rates, freeze_parts, split_groups, trained_parts
 from .perplexity import Perplexity
 from .watching import watch_routing
 
-_STATE = "MoETrainer"  # in `trainer_state.json`, among what callbacks keep there
-
 
 @dataclass
-class MoETrainingArguments(TrainingArguments):
-    """`TrainingArguments` plus learning rates and freezing of routers, routed experts, and the rest.
+class MoETrainingArguments(ExpertParallelArguments, TrainingArguments):
+    """`TrainingArguments` plus learning rates and freezing of routers, routed experts, and the rest; expert parallelism.
 
     Shared experts are of the rest. Weight decay is as in `Trainer`: for all weights but biases and norms, routers included.
     """
@@ -35,9 +38,14 @@ class MoETrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Highest learning rate of the routed experts (default: learning_rate)."}
     )
     freeze: list[str] | None = field(default=None, metadata={"help": "What not to train: one or two of router, experts, rest."})
+    async_save: bool = field(
+        default=False,
+        metadata={"help": "Write checkpoints of expert-parallel models in the background. Takes main memory for a copy."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_expert_parallel()
         self.freeze = [self.freeze] if isinstance(self.freeze, str) else self.freeze
         for part in self.freeze or []:
             if part not in PARTS:
@@ -51,7 +59,7 @@ class MoETrainingArguments(TrainingArguments):
                 raise ValueError(f"`{option}`={rate}, but `freeze` names {part!r}. Leave one of them out.")
 
 
-class MoETrainer(Trainer):
+class MoETrainer(DistributedCheckpointTrainer):
     """`Trainer` for a Mixture-of-Experts of hf_moe or of Transformers; takes what `Trainer` takes, dense models too.
 
     - Learning rates of routers and routed experts, and freezing, as `MoETrainingArguments` say, found by structure, also in
@@ -63,6 +71,8 @@ class MoETrainer(Trainer):
       stays that.)
     - A resumed training logs what one that was not interrupted logs, also where the checkpoint lies between two logs; and
       `resume_from_checkpoint=True` takes the last checkpoint that is whole.
+    - An expert-parallel model is checkpointed (see `distributed_checkpoints`), and resumed with any number of ranks and any
+      expert parallelism, or in one process.
 
     Example:
         >>> from hf_moe.training import MoETrainer, MoETrainingArguments
@@ -71,15 +81,20 @@ class MoETrainer(Trainer):
     """
 
     def __init__(
-        self, model: nn.Module | None = None, args: TrainingArguments | None = None, *more: Any, **kwargs: Any
+        self,
+        model: nn.Module | str | os.PathLike[str] | None = None,
+        args: TrainingArguments | None = None,
+        *more: Any,
+        **kwargs: Any,
     ) -> None:
         self._perplexity: Perplexity | None = None
         self._trained: list[Part] = []
         self._rates: dict[str, float] = {}
-        if model is not None:
-            _freeze(model, args)
-            check_rates(model, _rates(args))
-        super().__init__(model, args, *more, **kwargs)
+        spread = _spread(model, args)
+        if spread is not None:
+            _freeze(spread, args)
+            check_rates(spread, _rates(args))
+        super().__init__(spread, args, *more, **kwargs)
         for callback in _default_callbacks(self.model, self.args):
             if not any(isinstance(given, type(callback)) for given in self.callback_handler.callbacks):
                 self.add_callback(callback)
@@ -218,9 +233,9 @@ class MoETrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # what `Trainer` would lose: the loss since the last log
         loss = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
-        attributes = {"loss": loss, "logged_step": self._globalstep_last_logged}
+        attributes = {"loss": loss, "logged_step": self._globalstep_last_logged, "world_size": self.args.world_size}
         states: Any = self.state.stateful_callbacks
-        states[_STATE] = {"args": {}, "attributes": attributes}
+        states[STATE] = {"args": {}, "attributes": attributes}
         super()._save_checkpoint(*args, **kwargs)
 
 
@@ -249,7 +264,7 @@ class _LossWindow(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         states: Any = state.stateful_callbacks
-        saved = states.get(_STATE, {}).get("attributes") if state.global_step else None
+        saved = states.get(STATE, {}).get("attributes") if state.global_step else None
         if saved:
             trainer = self._trainer
             trainer._tr_loss += saved["loss"]
@@ -263,6 +278,24 @@ def _rates(args: Any) -> dict[Part, float | None]:
         "router": getattr(args, "router_learning_rate", None),
         "experts": getattr(args, "expert_learning_rate", None),
     }
+
+
+def _spread(model: Any, args: Any) -> Any:
+    """The model; one that is given by its path is loaded, over the ranks that `args` say.
+
+    Raises:
+        ValueError: `args` say that it is spread over ranks, and it is not.
+    """
+    layout = getattr(args, "expert_parallel", None)
+    if isinstance(model, (str, os.PathLike)):
+        args.device  # noqa: B018  joins the process group
+        return load_expert_parallel(model, config=layout or ExpertParallelConfig())
+    if layout is not None and args.world_size > 1 and not getattr(model, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            f"`expert_parallel_size`={layout.ep_size}, but the model is not spread over ranks. Give its path as `model`, or "
+            "load it with `load_expert_parallel(path, config=args.expert_parallel)`."
+        )
+    return model
 
 
 def _freeze(model: nn.Module, args: Any) -> None:
