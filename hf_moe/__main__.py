@@ -15,6 +15,8 @@ COMMANDS = {
     "prune": ("hf_moe.conversion.cli:prune", "drop the least used experts"),
     "inspect": ("hf_moe.conversion.cli:inspect", "parameters, experts, bytes and FLOPs of a checkpoint"),
     "train": ("hf_moe.training.finetune:main", "fine-tune a checkpoint, or a model upcycled in memory, on text or chats"),
+    "plan": ("hf_moe.training.plan_command:main", "choose a mesh and a dispatcher for expert parallelism on given machines"),
+    "consolidate": ("hf_moe.training.consolidate_command:main", "make a model of a checkpoint of an expert-parallel training"),
     "report": ("hf_moe.training.report:main", "a page that shows what a trained model's experts do"),
     "demo": ("hf_moe.training.demo:main", "upcycle and fine-tune a real model, from download to generated text"),
 }
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:<10}{description}" for name, (_, description) in COMMANDS.items()]
+    lines = [f"  {name:<12}{description}" for name, (_, description) in COMMANDS.items()]
     usage = ["usage: hf-moe COMMAND [options]", "", *lines, "", "`hf-moe COMMAND --help` lists the options of a command."]
     return "\n".join(usage)
 

@@ -22,7 +22,7 @@ from hf_moe import MoEConfig, MoEForCausalLM
 from hf_moe.expert_parallel import load_expert_parallel, parameter_groups
 
 ROWS = 8  # sequences of a global batch
-SPREAD = ("ep_size", "dense", "dispatcher", "dp_replicate_size", "tp_size", "chunk_rows", "ranks_per_node")
+SPREAD = ("ep_size", "dense", "dispatcher", "dp_replicate_size", "tp_size", "chunk_rows", "ranks_per_node", "mixed_precision")
 
 
 def build(job: dict[str, Any]) -> MoEForCausalLM:
@@ -69,7 +69,9 @@ def train(model: Any, job: dict[str, Any], accelerator: Accelerator) -> dict[str
     batch_ranks, place = world // job.get("tp_size", 1), accelerator.process_index // job.get("tp_size", 1)
     if world == 1:  # the batches of all ranks at once
         batch_ranks, place = 1, 0
-    found: dict[str, Any] = {"losses": [], "norms": [], "aux": []}
+    found: dict[str, Any] = {"losses": [], "norms": [], "router_dtypes": set()}
+    for layer in model.moe_layers:
+        layer.gate.register_forward_pre_hook(lambda gate, x: found["router_dtypes"].add(str(gate.weight.dtype)))
     for step in range(job.get("steps", 10)):
         batch = global_batch(job, step)
         num_items = int(batch["labels"][:, 1:].ne(-100).sum())
@@ -97,7 +99,9 @@ def main(folder: Path, jobs: list[dict[str, Any]]) -> None:
     accelerator = Accelerator(cpu=True)
     for job in jobs:
         spread = {name: job[name] for name in SPREAD if name in job}
-        model = load_expert_parallel(folder / job["model"], accelerator, quiet=True, **spread)
+        model = load_expert_parallel(
+            folder / job["model"], accelerator, quiet=True, dtype=job.get("dtype", "float32"), **spread
+        )
         for layer in model.moe_layers:
             if hasattr(layer.gate, "noise_scale"):
                 layer.gate.noise_scale = 0.0

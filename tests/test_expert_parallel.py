@@ -66,6 +66,9 @@ HOW: dict[int, list[tuple[str, dict[str, Any]]]] = {
     ],
 }
 
+# in bfloat16: weights, or what FSDP2 gathers of fp32 weights
+HALF = {"2-half-weights": {"dtype": "bfloat16"}, "2-half-gathered": {"mixed_precision": True, "dense": "replicate"}}
+
 
 def name_of(world: int, what: str, how: dict[str, Any]) -> str:
     return "-".join([str(world), what, *(str(value) for value in how.values())])
@@ -93,6 +96,8 @@ def spread(alone: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found = {}
     for world, cases in HOW.items():
         jobs = [{**WHAT[what], **how, "model": what, "name": name_of(world, what, how)} for what, how in cases]
+        if world == 2:
+            jobs += [{**WHAT["switch"], "ep_size": 2, "model": "switch", "name": name, **how} for name, how in HALF.items()]
         (folder / "jobs.json").write_text(json.dumps(jobs))
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
         done = subprocess.run(
@@ -115,3 +120,11 @@ def test_parity(world: int, what: str, how: dict[str, Any], alone: dict[str, Any
             tolerance = 1e-5 * max(value.abs().max().item(), 1e-6)
             difference = (found[kind][name] - value).abs().max().item()
             assert difference <= tolerance, f"{kind} of {name}: {difference:.3g}"
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_routers_stay_in_fp32(name: str, alone: dict[str, Any], spread: dict[str, Any]) -> None:
+    found = spread[name]
+    assert found["router_dtypes"] == {"torch.float32"}
+    assert found["losses"][0] == pytest.approx(alone["switch"]["losses"][0], rel=1e-2)  # bf16 has 8 bits
+    assert found["losses"] != alone["switch"]["losses"]

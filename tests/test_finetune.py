@@ -624,13 +624,16 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes(launcher: str, place: Path, tmp_path: Path) -> None:
+SPREAD = {"expert_parallel_size": 2, "expert_parallel_dense": "replicate", "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.mark.parametrize(("launcher", "parallel"), [("accelerate", {}), ("torchrun", {}), ("accelerate", SPREAD)])
+def test_two_processes(launcher: str, parallel: dict[str, Any], place: Path, tmp_path: Path) -> None:
     """The file under a launcher trains as one process with the double batch does, and evaluates to the same."""
     script = Path(main.__code__.co_filename)
     how = [str(script)] if launcher == "accelerate" else ["-m", "hf_moe.training.finetune"]
     options = {"model": place / "dense", "upcycle_num_experts": 4, "packing": "false", "per_device_eval_batch_size": 3}
-    argv = words(place, tmp_path / "two", **options, per_device_train_batch_size=2, ddp_backend="gloo")
+    argv = words(place, tmp_path / "two", **options, **parallel, per_device_train_batch_size=2, ddp_backend="gloo")
     done = subprocess.run(
         [sys.executable, *LAUNCHERS[launcher], *how, *argv], capture_output=True, text=True, timeout=500, cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -645,6 +648,10 @@ def test_two_processes(launcher: str, place: Path, tmp_path: Path) -> None:
         assert found[when]["eval_tokens"] == expected[when]["eval_tokens"]
     loads = [read_expert_load(tmp_path / name / "expert_load.safetensors") for name in ("two", "one")]
     assert [load.executed.sum() for load in loads] == [loads[1].executed.sum()] * 2
+    assert (done.stdout.count("expert shard") == 1) == bool(parallel)  # the table of ranks
+    weights = [MoEForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("two", "one")]
+    for name, weight in weights[1].items():
+        torch.testing.assert_close(weights[0][name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_runs_as_a_file(place: Path, tmp_path: Path) -> None:

@@ -165,14 +165,20 @@ def test_command_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"  {name} " in text for name in COMMANDS)
     assert hf_moe_main(["fly"]) == 2
     assert (
-        "no command 'fly'. Choose one of upcycle, export, import, densify, prune, inspect, train, report, demo"
-        in capsys.readouterr().err
+        "no command 'fly'. Choose one of upcycle, export, import, densify, prune, inspect, train, plan, consolidate, "
+        "report, demo" in capsys.readouterr().err
     )
     for name in COMMANDS:
         with pytest.raises(SystemExit) as ended:
             hf_moe_main([name, "--help"])
         assert ended.value.code == 0
         assert f"hf-moe {name}" in capsys.readouterr().out
+
+
+def test_consolidate_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hf_moe_main(["consolidate", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "hf-moe consolidate: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_demo_texts_are_disjoint(tmp_path: Path) -> None:
