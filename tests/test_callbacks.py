@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,14 +26,6 @@ OF_ONE_STEP = [REAL_TOKENS * TOP_K] * LAYERS
 LOAD = {"load_max_over_mean", "load_cv", "drop_rate", "dead_experts", "load_loss"}
 ROUTED = LOAD | {"importance_cv", "router_entropy", "logit_rms", "importance_loss", "aux_loss", "z_loss"}
 ONCE = {"lm_loss", "worst_load_max_over_mean", "tflops_per_device", "alarms"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(**fields) -> MoEForCausalLM:

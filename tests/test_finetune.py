@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +44,6 @@ CHATS = [
     [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}, {"role": "user", "content": "a mat"},
      {"role": "assistant", "content": "red"}],
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tokenizer(begin: bool = False) -> PreTrainedTokenizerFast:

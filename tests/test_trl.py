@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,6 @@ CHAT = (
 )
 # Coefficients so large that a loss that is lost or doubled is seen.
 LARGE = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 0.5, "router_importance_loss_coef": 0.3}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small(**fields: Any) -> MoEForCausalLM:

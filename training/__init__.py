@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from .placement import ExpertPlacementCallback
     from .plots import plot_expert_load, plot_load_heat_map
     from .report import write_report
+    from .routing_watch import RoutingWatch
     from .schedules import CapacityScheduleCallback, NoiseScheduleCallback, RouterFreezeCallback
     from .trainer import MoETrainer, MoETrainingArguments
-    from .watching import RoutingWatch, watch_routing
+    from .watching import watch_routing
 
 # Loaded when asked for: `hf-moe train --help` needs no torch, and much of this does.
 _HOMES = {
@@ -30,7 +31,7 @@ _HOMES = {
     "MoETrainingArguments": "trainer",
     "NoiseScheduleCallback": "schedules",
     "RouterFreezeCallback": "schedules",
-    "RoutingWatch": "watching",
+    "RoutingWatch": "routing_watch",
     "RoutingWindow": "metrics",
     "export_expert_adapters": "lora",
     "load_metrics": "metrics",

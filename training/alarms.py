@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .metrics import WindowTotal
-from .watching import RoutingWatch
+from .routing_watch import RoutingWatch
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from .flops import FlopsMeter, active_parameters, peak_flops
 from .load_file import LOAD_FILE, ExpertLoadFile
 from .metrics import RoutingWindow, load_metrics
 from .native_routing import bias_of
-from .reporting import move_before_reporters
-from .watching import RoutingWatch, watch_routing
+from .reporting import LayersOffConsole, move_before_reporters
+from .routing_watch import RoutingWatch
+from .watching import watch_routing
 
 logger = logging.get_logger(__name__)
 
@@ -221,7 +222,7 @@ class ExpertLoadCallback(RoutingCallback, ExportableState):
             self.window.gather()
 
 
-class _AfterOthers(TrainerCallback):
+class _AfterOthers(LayersOffConsole):
     """What `ExpertLoadCallback` does after all other callbacks, which may have asked for a checkpoint."""
 
     def __init__(self, owner: ExpertLoadCallback) -> None:
@@ -232,19 +233,6 @@ class _AfterOthers(TrainerCallback):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._owner.gather(args, control)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """The console comes next: many numbers of many layers are not for it."""
-        for name in [name for name in logs or {} if name.startswith("moe/layer_")]:
-            assert logs is not None
-            del logs[name]
 
 
 def _replicas(watch: RoutingWatch) -> int:

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from .native_routing import bias_of
-from .watching import RoutingWatch
+from .routing_watch import RoutingWatch
 
 logger = logging.get_logger(__name__)
 

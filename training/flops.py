@@ -11,7 +11,7 @@ from transformers import TrainerState
 
 from hf_moe.parameter_counts import Shape, count_parameters
 
-from .watching import RoutingWatch
+from .routing_watch import RoutingWatch
 
 # Dense bf16 FLOP/s that the makers state, by a part of the name that CUDA gives.
 PEAK_FLOPS = {

@@ -30,7 +30,7 @@ from hf_moe.record import LayerRecord, RoutingRecord, routing_sums, stack_by_nam
 from hf_moe.routing import Routing
 
 from .native_moe_blocks import Assignments, NativeMoE, Site, find_native_moe, selection_bias, unwrapped
-from .watching import RoutingWatch
+from .routing_watch import RoutingWatch
 
 logger = logging.get_logger(__name__)
 

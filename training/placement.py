@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -31,7 +31,7 @@ from hf_moe.expert_placement import (
 
 from .callbacks import RoutingCallback, saved_state
 from .metrics import RoutingWindow
-from .reporting import move_before_reporters
+from .reporting import LayersOffConsole, move_before_reporters
 
 logger = logging.get_logger(__name__)
 
@@ -100,7 +100,7 @@ class ExpertPlacementCallback(RoutingCallback, ExportableState):
         except ValueError:
             self._stop()  # no listener stays behind
             raise
-        move_before_reporters(self, _AfterOthers())
+        move_before_reporters(self, LayersOffConsole())
         self._model = self.watch.model
         self._experts = [layers[layer] for layer in self.watch.layers]  # every MoE layer is spread, or none
         saved = saved_state(self, state).get("_saved", {})
@@ -180,22 +180,6 @@ class ExpertPlacementCallback(RoutingCallback, ExportableState):
             move_experts(self._model, optimizer, layer, plan.new_slots)
             if state.is_world_process_zero:
                 print(_message(state.global_step, layer, plan, size, time.perf_counter() - start), flush=True)
-
-
-class _AfterOthers(TrainerCallback):
-    """The console comes next: numbers of single layers are not for it."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        for name in [name for name in logs or {} if name.startswith("moe/layer_")]:
-            assert logs is not None
-            del logs[name]
 
 
 def _num_experts(experts: nn.Module) -> int:

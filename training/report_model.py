@@ -19,7 +19,8 @@ from .report_data import ReportData, TextReport, analyse_text, pick_tested, repo
 from .report_source import Source
 from .report_text import Document, tokenise
 from .routing_capture import capture_routing, tokens_to_keep
-from .watching import RoutingWatch, watch_routing
+from .routing_watch import RoutingWatch
+from .watching import watch_routing
 
 MAX_LENGTH = 1024  # tokens that the model reads at once
 

@@ -11,7 +11,14 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 _CONSOLE = (PrinterCallback, ProgressCallback)
@@ -42,3 +49,20 @@ def _calling_handler(callback: TrainerCallback) -> Any:
             return caller
         frame = frame.f_back
     return None
+
+
+class LayersOffConsole(TrainerCallback):
+    """Stands after all reporters; the console comes next, and many numbers of many layers are not for it."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take the numbers of single layers out of a log."""
+        for name in [name for name in logs or {} if name.startswith("moe/layer_")]:
+            assert logs is not None
+            del logs[name]

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from hf_moe.record import RoutingRecord
 
 from .routing_analysis import Ints, LayerRouting
-from .watching import RoutingWatch, watch_routing
+from .routing_watch import RoutingWatch
+from .watching import watch_routing
 
 BATCH_TOKENS = 2048
 _INPUT_BYTES = 1 << 29  # of all layers' router inputs together

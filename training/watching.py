@@ -4,39 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from torch import nn
 
 from hf_moe.pretrained_moe import MoEPreTrainedModel
 from hf_moe.record import RoutingRecord
 
-
-@dataclass
-class RoutingWatch:
-    """What is watched.
-
-    Attributes:
-        layers: decoder layer of each MoE layer, in the order of `RoutingRecord.layers`.
-        num_experts: E of each MoE layer.
-        top_k: K.
-        routers: the modules with the router's weights, one per MoE layer.
-        coefficients: of the router losses in the training loss, by the loss's name.
-        model: the MoE inside its wrappers.
-        close: what `remove` calls.
-    """
-
-    layers: list[int]
-    num_experts: list[int]
-    top_k: int
-    routers: list[nn.Module]
-    coefficients: dict[str, float]
-    model: nn.Module
-    close: Callable[[], None] = field(repr=False)
-
-    def remove(self) -> None:
-        """Stop listening."""
-        self.close()
+from .native_routing import watch_native_routing
+from .routing_watch import RoutingWatch
 
 
 def watch_routing(
@@ -56,8 +31,6 @@ def watch_routing(
     for module in model.modules():
         if isinstance(module, MoEPreTrainedModel):
             return _watch_ours(module, listener, in_eval, keep_routing)
-    from .native_routing import watch_native_routing
-
     watch = watch_native_routing(model, listener, in_eval=in_eval, keep_routing=keep_routing)
     if watch is None:
         raise ValueError(
