@@ -25,9 +25,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .auto import MoEConfig
 from .dispatchers import choose_dispatcher, ep_implementation, register_dispatchers
+from .expert_checkpoint import save_expert_parallel
 from .expert_lora import allow_adapters
 from .expert_mesh import Dense, ExpertMesh, expert_mesh
 from .native_blocks import experts_field
+from .pretrained_moe import MoEPreTrainedModel
 
 Dispatcher = Literal["auto", "all_to_all", "deduplicated", "capacity", "hierarchical", "chunked"]
 
@@ -245,3 +247,4 @@ def _summary(mesh: ExpertMesh) -> str:
 
 
 register_dispatchers()
+MoEPreTrainedModel.write_sharded = staticmethod(save_expert_parallel)

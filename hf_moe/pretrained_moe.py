@@ -7,8 +7,6 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
@@ -57,6 +55,7 @@ class MoEPreTrainedModel(PreTrainedModel):
     config_class = MoEConfig
     language_model: Any  # the dense causal LM, or its decoder by the name that it has there
     base_model_prefix = "language_model"
+    write_sharded: Any = None  # how a model that is spread over ranks is saved; `hf_moe.expert_parallel` knows
     model_tags = ["hf_moe", "moe", "mixture-of-experts"]  # on the Hub
     supports_gradient_checkpointing = True
     # the dense model checks for itself what it supports
@@ -210,9 +209,9 @@ class MoEPreTrainedModel(PreTrainedModel):
         """
         classes = [c for c in MoEPreTrainedModel.__subclasses__() if c._auto_class is not None]
         self.config.auto_map = {c._auto_class: f"{c.__module__.rpartition('.')[2]}.{c.__name__}" for c in classes}
-        if self.is_distributed_loading_by_transformers and not args and find_spec("hf_moe") is not None:
-            import_module("hf_moe.expert_checkpoint").save_expert_parallel(self, save_directory, **kwargs)
-        else:  # also where this file came with a checkpoint, and hf_moe is not installed
+        if self.is_distributed_loading_by_transformers and self.write_sharded is not None and not args:
+            self.write_sharded(self, save_directory, **kwargs)
+        else:
             super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import weakref
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, TrainerState
 from hf_moe import MoEConfig, MoEForCausalLM
 from hf_moe.expert_checkpoint import load_distributed, missing_part, save_distributed, save_expert_parallel
 from hf_moe.expert_parallel import load_expert_parallel
+from hf_moe.pretrained_moe import MoEPreTrainedModel
 from hf_moe.tensor_pieces import Pieces, expert_orders, gather_to_first, model_tensors, placements
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -203,7 +205,8 @@ def hub(folder: Path, job: dict[str, Any]) -> Any:
         for name, tensor in model_tensors(model).items():
             Pieces(tensor, expert_orders(model).get(name)).copy_from(plain[name])
     with Peak() as peak:
-        save_expert_parallel(model, folder / job["name"], max_shard_size=job.get("shard", "50GB"))
+        save = model.save_pretrained if isinstance(model, MoEPreTrainedModel) else partial(save_expert_parallel, model)
+        save(folder / job["name"], max_shard_size=job.get("shard", "50GB"))
     return {"largest": peak.largest, "most": peak.most, "class": type(model).__name__}
 
 

@@ -52,7 +52,9 @@ CORE = {
     "expert_placement": {"placement_plan"},
     "expert_lora_layers": set(),
     "expert_lora": {"expert_lora_layers"},
-    "expert_parallel": {"auto", "dispatchers", "expert_lora", "expert_mesh", "native_blocks"},
+    "expert_parallel": {
+        "auto", "dispatchers", "expert_checkpoint", "expert_lora", "expert_mesh", "native_blocks", "pretrained_moe",
+    },
     "modeling_moe": {"balance", "callers_loss", "checkpoint_names", "configuration_moe", "pretrained_moe", "record"},
 }  # fmt: skip
 
