@@ -71,8 +71,10 @@ def train(model: Any, job: dict[str, Any], accelerator: Accelerator) -> dict[str
         batch_ranks, place = 1, 0
     found: dict[str, Any] = {"losses": [], "norms": [], "router_dtypes": set()}
     for layer in model.moe_layers:
-        layer.gate.register_forward_pre_hook(lambda gate, x: found["router_dtypes"].add(str(gate.weight.dtype)))
-    for step in range(job.get("steps", 10)):
+        layer.gate.register_forward_pre_hook(
+            lambda gate, x: found["router_dtypes"].update(str(p.dtype) for p in gate.parameters())
+        )
+    for step in range(job.get("steps", 3)):
         batch = global_batch(job, step)
         num_items = int(batch["labels"][:, 1:].ne(-100).sum())
         total = torch.zeros(())
@@ -91,6 +93,7 @@ def train(model: Any, job: dict[str, Any], accelerator: Accelerator) -> dict[str
         optimizer.zero_grad()
         found["losses"].append(total.item())
         found["norms"].append(float(whole(norm)))
+    found["router_dtypes"] = sorted(found["router_dtypes"])
     found["parameters"] = {name: whole(parameter) for name, parameter in model.named_parameters()}
     return found
 

@@ -11,6 +11,7 @@ import torch
 from families import text_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import RANKS
 from trainer_cut import collate, sequences
 
 from hf_moe import MoEConfig, MoEForCausalLM
@@ -28,7 +29,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int]
     """One optimizer step for each of FIELDS and each cut, by (fields, ranks, accumulation steps)."""
     folder, results = tmp_path_factory.mktemp("cuts"), {}
     for ranks in (1, 2):
-        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        launcher = [] if ranks == 1 else [RANKS, str(ranks)]
         cuts = [(name, a) for name in FIELDS for r, a in [(1, 1), *CUTS] if r == ranks]
         out, jobs = folder / f"{ranks}.pt", json.dumps([(FIELDS[name], accumulation) for name, accumulation in cuts])
         worker = str(Path(__file__).with_name("trainer_cut.py"))

@@ -30,6 +30,7 @@ from hf_moe.training.parallel_arguments import ExpertParallelArguments
 from hf_moe.training.plan_command import main as plan_command
 from hf_moe.training.plan_inputs import Machine, Mesh, Workload, meshes
 from hf_moe.training.plan_text import FLAGS
+from ranks import RANKS
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_moe import MoEConfig, MoEForCausalLM
@@ -73,7 +74,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     """The folder with the checkpoints, and what each rank of each job sent and held."""
     folder = tmp_path_factory.mktemp("plan")
     (folder / "jobs.json").write_text(json.dumps(JOBS))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
+    launcher = [sys.executable, RANKS, str(WORLD)]
     worker = Path(__file__).parent / "plan_worker.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*launcher, str(worker), str(folder)], capture_output=True, text=True, env=environment, timeout=500)

@@ -24,6 +24,7 @@ from hf_moe.training.expert_rows import read_row, write_row
 from hf_moe.training.watching import watch_routing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import RANKS
 from tiny import tiny, token_ids
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -737,7 +738,7 @@ def worker(folder: str) -> None:
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     collapsed(4).save_pretrained(folder / "model")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param)]
+    launcher = [RANKS, str(request.param)]
     done = subprocess.run(
         [sys.executable, *launcher, __file__, str(folder)], capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import RANKS
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
 from hf_moe.dispatchers import DISPATCHERS, choose_dispatcher, ep_implementation, register_dispatchers, rows_per_token
@@ -102,7 +103,7 @@ def jobs(world: int) -> list[dict[str, Any]]:
 def results(world: int) -> dict[str, list[dict[str, Any]]]:
     """What each rank says of each job."""
     worker = Path(__file__).parent / "dispatch_worker.py"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    launcher = [RANKS, str(world)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with TemporaryDirectory() as name:
         folder = Path(name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import RANKS
 from trainer_cut import sequences
 
 TOP_K, LAYERS, STEPS_PER_LOG = 2, 3, 2
@@ -44,7 +45,7 @@ JOBS = {
 
 def results(folder: Path, jobs: list[dict[str, Any]], world: int) -> dict[str, list[dict[str, Any]]]:
     """What each rank says of each job."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 else []
+    launcher = [RANKS, str(world)] if world > 1 else []
     worker = Path(__file__).parent / "counts_worker.py"
     done = subprocess.run(
         [sys.executable, *launcher, str(worker), str(folder), json.dumps(jobs)], capture_output=True, text=True,

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from expert_lora_worker import ADAPTER, gap, run_trainer
+from ranks import RANKS
 from safetensors.torch import load_file
 
 LOSSES = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01, "num_shared_experts": 1}
@@ -39,7 +40,7 @@ JOBS: dict[int, list[dict[str, Any]]] = {
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By job, what rank 0 says; and the folder."""
     folder, world = tmp_path_factory.mktemp("lora"), request.param
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    command = [sys.executable, RANKS, str(world)]
     done = subprocess.run(
         [*command, str(Path(__file__).parent / "expert_lora_worker.py"), str(folder), json.dumps(JOBS[world])],
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -15,6 +15,7 @@ import torch
 from hf_moe.training.placement import ExpertPlacementCallback, _packed, _restored
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import RANKS
 from tiny import tiny
 from trainer_cut import collate, sequences
 from transformers import Trainer, TrainingArguments
@@ -123,7 +124,7 @@ JOBS: dict[int, list[dict[str, Any]]] = {
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By job, what rank 0 says."""
     folder, world = tmp_path_factory.mktemp("placement"), request.param
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    command = [sys.executable, RANKS, str(world)]
     done = subprocess.run(
         [*command, str(Path(__file__).parent / "placement_worker.py"), str(folder), json.dumps(JOBS[world])],
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -34,6 +34,7 @@ from native_moes import (
     spied,
 )
 from peft import LoraConfig, get_peft_model
+from ranks import RANKS
 from torch import Tensor, nn
 
 from hf_moe import RoutingRecord
@@ -587,7 +588,7 @@ def test_compiled_layers(forget_compiled_code: None) -> None:
 def test_distributed(tmp_path: Path) -> None:
     """DDP, FSDP2, expert parallelism and tensor parallelism on two ranks: the counts are those of one process."""
     worker = Path(__file__).parent / "native_routing_worker.py"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [RANKS, "2"]
     for command in ([str(worker), str(tmp_path / "one.json")], [*launcher, str(worker), str(tmp_path / "two.json")]):
         done = subprocess.run(
             [sys.executable, *command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300

@@ -18,6 +18,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from hf_moe.training import CapacityScheduleCallback, LossFreeBalancingCallback, NoiseScheduleCallback, RouterFreezeCallback
 from hf_moe.training.schedules import linear_schedule
+from ranks import RANKS
 from tiny import tiny, token_ids
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -477,7 +478,7 @@ def worker(folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [RANKS, "2"]
     done = subprocess.run(
         [sys.executable, *launcher, __file__, str(folder)], capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

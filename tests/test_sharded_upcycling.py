@@ -18,6 +18,7 @@ from hf_moe.conversion.errors import ConversionError
 from hf_moe.conversion.in_memory import plan_upcycled
 from hf_moe.conversion.lazy_tensors import LazyTensor, lazy_state_dict
 from hf_moe.conversion.sharded_upcycling import upcycle_into_shards
+from ranks import RANKS
 from sources import edit_json, restore, same_tensors, save_dense, save_tokenizer, stored_tensors
 from test_in_memory import everything
 from torch import Tensor
@@ -84,7 +85,7 @@ def launch(sources: dict[str, Any], world: int, names: list[str]) -> dict[str, l
         jobs.append({"name": name, "ep": ep, "dense": dense, "dtype": dtype, "path": path, "recipe": recipe,
                      "memory": name == "memory", "save": name in SAVED})  # fmt: skip
     worker = Path(__file__).parent / "sharded_upcycling_worker.py"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    launcher = [RANKS, str(world)]
     done = subprocess.run(
         [sys.executable, *launcher, str(worker), str(folder), json.dumps(jobs)], capture_output=True, text=True,
         timeout=300,

@@ -26,6 +26,7 @@ from hf_moe.training.parameter_groups import parts_of
 from hf_moe.training.perplexity import Perplexity
 from native_models import NATIVE
 from peft import LoraConfig, get_peft_model
+from ranks import RANKS
 from tiny import tiny
 from torch import nn
 from torch.nn import functional as F
@@ -454,7 +455,7 @@ def worker(folder: str) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [RANKS, "2"]
     done = subprocess.run(
         [sys.executable, *launcher, __file__, str(tmp_path)], capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
