@@ -642,7 +642,8 @@ def test_two_processes(launcher: str, parallel: dict[str, Any], place: Path, tmp
     assert (done.stdout.count("expert shard") == 1) == bool(parallel)  # the table of ranks
     weights = [MoEForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("two", "one")]
     for name, weight in weights[1].items():
-        torch.testing.assert_close(weights[0][name], weight, rtol=1e-3, atol=1e-4)
+        # as a whole: Adam divides each gradient by its size, and so shows the rounding of the smallest
+        assert (weights[0][name] - weight).norm() <= 1e-2 * weight.norm(), name
 
 
 def test_runs_as_a_file(place: Path, tmp_path: Path) -> None:

@@ -29,7 +29,11 @@ def train_help(description: str, upcycle_fields: Iterable[tuple[str, Any, Any]])
     assert spec.origin is not None
     ours = {
         name: (text, default)
-        for file, kind in (("trainer.py", "MoETrainingArguments"), ("command_line.py", "FinetuneArguments"))
+        for file, kind in (
+            ("parallel_arguments.py", "ExpertParallelArguments"),
+            ("trainer.py", "MoETrainingArguments"),
+            ("command_line.py", "FinetuneArguments"),
+        )
         for name, text, default in _in_source(here / file, kind)
     }
     theirs = _in_source(Path(spec.origin).parent / "training_args.py", "TrainingArguments")
