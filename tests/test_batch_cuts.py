@@ -1,17 +1,13 @@
 """Losses do not depend on how the batch was cut: accumulation steps, and real gloo ranks under the stock `Trainer`."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from families import text_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import RANKS
+from ranks import launch
 from trainer_cut import collate, sequences
 
 from hf_moe import MoEConfig, MoEForCausalLM
@@ -29,14 +25,9 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int]
     """One optimizer step for each of FIELDS and each cut, by (fields, ranks, accumulation steps)."""
     folder, results = tmp_path_factory.mktemp("cuts"), {}
     for ranks in (1, 2):
-        launcher = [] if ranks == 1 else [RANKS, str(ranks)]
         cuts = [(name, a) for name in FIELDS for r, a in [(1, 1), *CUTS] if r == ranks]
         out, jobs = folder / f"{ranks}.pt", json.dumps([(FIELDS[name], accumulation) for name, accumulation in cuts])
-        worker = str(Path(__file__).with_name("trainer_cut.py"))
-        command = [sys.executable, *launcher, worker, str(out), jobs]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(ranks, "trainer_cut.py", out, jobs, timeout=600)
         results |= {(name, ranks, a): result for (name, a), result in zip(cuts, torch.load(out), strict=True)}
     return results
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -30,7 +29,7 @@ from hf_moe.training.parallel_arguments import ExpertParallelArguments
 from hf_moe.training.plan_command import main as plan_command
 from hf_moe.training.plan_inputs import Machine, Mesh, Workload, meshes
 from hf_moe.training.plan_text import FLAGS
-from ranks import RANKS
+from ranks import launch
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_moe import MoEConfig, MoEForCausalLM
@@ -74,11 +73,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     """The folder with the checkpoints, and what each rank of each job sent and held."""
     folder = tmp_path_factory.mktemp("plan")
     (folder / "jobs.json").write_text(json.dumps(JOBS))
-    launcher = [sys.executable, RANKS, str(WORLD)]
-    worker = Path(__file__).parent / "plan_worker.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*launcher, str(worker), str(folder)], capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(WORLD, "plan_worker.py", folder, HF_HUB_OFFLINE="1")
     ranks = range(WORLD)
     return folder, {
         each["name"]: [json.loads((folder / f"{each['name']}.{rank}.json").read_text()) for rank in ranks] for each in JOBS

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from hf_moe.training.expert_rows import read_row, write_row
 from hf_moe.training.watching import watch_routing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import RANKS
+from ranks import launch
 from tiny import tiny, token_ids
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -738,12 +737,7 @@ def worker(folder: str) -> None:
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     collapsed(4).save_pretrained(folder / "model")
-    launcher = [RANKS, str(request.param)]
-    done = subprocess.run(
-        [sys.executable, *launcher, __file__, str(folder)], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(request.param, __file__, folder, timeout=300)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
 
 

@@ -4,9 +4,6 @@ they hold, and in what order they do things. The work is done by dispatch_worker
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import RANKS
+from ranks import launch
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
 from hf_moe.dispatchers import DISPATCHERS, choose_dispatcher, ep_implementation, register_dispatchers, rows_per_token
@@ -102,15 +99,10 @@ def jobs(world: int) -> list[dict[str, Any]]:
 @cache
 def results(world: int) -> dict[str, list[dict[str, Any]]]:
     """What each rank says of each job."""
-    worker = Path(__file__).parent / "dispatch_worker.py"
-    launcher = [RANKS, str(world)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "jobs.json").write_text(json.dumps(jobs(world)))
-        command = [sys.executable, *launcher, str(worker), name]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-        assert done.returncode == 0, done.stderr[-4000:]
+        launch(world, "dispatch_worker.py", name)
         return {
             job["name"]: [json.loads((folder / f"{job['name']}.{rank}.json").read_text()) for rank in range(world)]
             for job in jobs(world)

@@ -4,14 +4,11 @@ gradient accumulation, gradient checkpointing; our model and a native one."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import RANKS
+from ranks import launch
 from trainer_cut import sequences
 
 TOP_K, LAYERS, STEPS_PER_LOG = 2, 3, 2
@@ -45,13 +42,7 @@ JOBS = {
 
 def results(folder: Path, jobs: list[dict[str, Any]], world: int) -> dict[str, list[dict[str, Any]]]:
     """What each rank says of each job."""
-    launcher = [RANKS, str(world)] if world > 1 else []
-    worker = Path(__file__).parent / "counts_worker.py"
-    done = subprocess.run(
-        [sys.executable, *launcher, str(worker), str(folder), json.dumps(jobs)], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(world, "counts_worker.py", folder, json.dumps(jobs))
     return {
         each["name"]: [json.loads((folder / f"{each['name']}.{rank}.json").read_text()) for rank in range(world)]
         for each in jobs

@@ -6,10 +6,7 @@ All ranks are real gloo processes. They run once, before the tests, which compar
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import pytest
 import torch
 from expert_checkpoint_worker import build
 from hf_moe.training.checkpoints import last_whole_checkpoint, what_is_missing
+from ranks import launch
 from safetensors.torch import save_file
 from tiny import tensors_on_disk, token_ids
 
@@ -70,21 +68,11 @@ AFTER_KILLS = [
 ]
 
 
-def launch(folder: Path, jobs: list[Job]) -> None:
-    worker = Path(__file__).parent / "expert_checkpoint_worker.py"
-    done = subprocess.run(
-        [sys.executable, str(worker), str(folder), json.dumps(jobs)], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600, check=False,
-    )  # fmt: skip
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the jobs left what they did."""
     path = tmp_path_factory.mktemp("runs")
-    launch(path, [*JOBS, *AFTER_KILLS])
+    print(launch(1, "expert_checkpoint_worker.py", path, json.dumps([*JOBS, *AFTER_KILLS])))  # it forks its ranks
     return path
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from parity_worker import build, train
-from ranks import RANKS
+from ranks import launch
 
 SIGMOID = {"router_type": "sigmoid", "num_experts_per_tok": 2}
 SHARED = {"num_shared_experts": 1, "use_shared_expert_gate": True, "balance_scope": "global_batch"}
@@ -100,12 +97,7 @@ def spread(alone: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if world == 2:
             jobs += [{**WHAT["switch"], "ep_size": 2, "model": "switch", "name": name, **how} for name, how in HALF.items()]
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        launch = [sys.executable, RANKS, str(world)]
-        done = subprocess.run(
-            [*launch, str(Path(__file__).parent / "parity_worker.py"), str(folder), str(folder / "jobs.json")],
-            capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(world, "parity_worker.py", folder, folder / "jobs.json")
         found |= {job["name"]: torch.load(folder / f"{job['name']}.pt") for job in jobs}
     return found
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 from families import text_config
+from ranks import finished
 
 from hf_moe import MoEConfig, MoEForCausalLM
 
@@ -25,13 +24,10 @@ def model(tmp_path_factory: Any) -> Path:
 
 def launch(model: Path, kind: str, timeout_s: float) -> tuple[int, str, float]:
     """Exit status, all output, seconds."""
-    worker = Path(__file__).parent / "failing_worker.py"
+    worker = str(Path(__file__).parent / "failing_worker.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker), str(model), kind,
-         str(timeout_s)], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr, time.monotonic() - began
+    return *finished([*torchrun, worker, str(model), kind, str(timeout_s)], timeout=300), time.monotonic() - began
 
 
 def test_a_rank_that_raises(model: Path) -> None:

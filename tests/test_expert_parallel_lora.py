@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from expert_lora_worker import ADAPTER, gap, run_trainer
-from ranks import RANKS
+from ranks import launch
 from safetensors.torch import load_file
 
 LOSSES = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01, "num_shared_experts": 1}
@@ -40,12 +37,7 @@ JOBS: dict[int, list[dict[str, Any]]] = {
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By job, what rank 0 says; and the folder."""
     folder, world = tmp_path_factory.mktemp("lora"), request.param
-    command = [sys.executable, RANKS, str(world)]
-    done = subprocess.run(
-        [*command, str(Path(__file__).parent / "expert_lora_worker.py"), str(folder), json.dumps(JOBS[world])],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(world, "expert_lora_worker.py", folder, json.dumps(JOBS[world]), timeout=300)
     found = {job["name"]: json.loads((folder / job["name"] / "result.json").read_text()) for job in JOBS[world]}
     return {"folder": folder, "world": world, "found": found}
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import torch
 from hf_moe.training.placement import ExpertPlacementCallback, _packed, _restored
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import RANKS
+from ranks import launch
 from tiny import tiny
 from trainer_cut import collate, sequences
 from transformers import Trainer, TrainingArguments
@@ -124,12 +121,7 @@ JOBS: dict[int, list[dict[str, Any]]] = {
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By job, what rank 0 says."""
     folder, world = tmp_path_factory.mktemp("placement"), request.param
-    command = [sys.executable, RANKS, str(world)]
-    done = subprocess.run(
-        [*command, str(Path(__file__).parent / "placement_worker.py"), str(folder), json.dumps(JOBS[world])],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(world, "placement_worker.py", folder, json.dumps(JOBS[world]), timeout=300)
     return {job["name"]: json.loads((folder / job["name"] / "result.json").read_text()) for job in JOBS[world]}
 
 

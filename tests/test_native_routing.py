@@ -8,9 +8,6 @@ import gc
 import importlib
 import io
 import json
-import os
-import subprocess
-import sys
 import threading
 import weakref
 from pathlib import Path
@@ -34,7 +31,7 @@ from native_moes import (
     spied,
 )
 from peft import LoraConfig, get_peft_model
-from ranks import RANKS
+from ranks import launch
 from torch import Tensor, nn
 
 from hf_moe import RoutingRecord
@@ -587,13 +584,8 @@ def test_compiled_layers(forget_compiled_code: None) -> None:
 
 def test_distributed(tmp_path: Path) -> None:
     """DDP, FSDP2, expert parallelism and tensor parallelism on two ranks: the counts are those of one process."""
-    worker = Path(__file__).parent / "native_routing_worker.py"
-    launcher = [RANKS, "2"]
-    for command in ([str(worker), str(tmp_path / "one.json")], [*launcher, str(worker), str(tmp_path / "two.json")]):
-        done = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    for world, name in ((1, "one"), (2, "two")):
+        launch(world, "native_routing_worker.py", tmp_path / f"{name}.json", timeout=300)
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert two.keys() == one.keys()
     for name, found in two.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from hf_moe.training import CapacityScheduleCallback, LossFreeBalancingCallback, NoiseScheduleCallback, RouterFreezeCallback
 from hf_moe.training.schedules import linear_schedule
-from ranks import RANKS
+from ranks import launch
 from tiny import tiny, token_ids
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -478,12 +477,7 @@ def worker(folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    launcher = [RANKS, "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, __file__, str(folder)], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(2, __file__, folder, timeout=300)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from hf_moe.conversion.errors import ConversionError
 from hf_moe.conversion.in_memory import plan_upcycled
 from hf_moe.conversion.lazy_tensors import LazyTensor, lazy_state_dict
 from hf_moe.conversion.sharded_upcycling import upcycle_into_shards
-from ranks import RANKS
+from ranks import launch
 from sources import edit_json, restore, same_tensors, save_dense, save_tokenizer, stored_tensors
 from test_in_memory import everything
 from torch import Tensor
@@ -75,7 +72,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     return {"folder": folder, **recipes}
 
 
-def launch(sources: dict[str, Any], world: int, names: list[str]) -> dict[str, list[dict[str, Any]]]:
+def upcycled(sources: dict[str, Any], world: int, names: list[str]) -> dict[str, list[dict[str, Any]]]:
     """What each rank says of each upcycling."""
     folder, jobs = sources["folder"], []
     for name in names:
@@ -84,21 +81,15 @@ def launch(sources: dict[str, Any], world: int, names: list[str]) -> dict[str, l
         path = recipe.pop("source", None)
         jobs.append({"name": name, "ep": ep, "dense": dense, "dtype": dtype, "path": path, "recipe": recipe,
                      "memory": name == "memory", "save": name in SAVED})  # fmt: skip
-    worker = Path(__file__).parent / "sharded_upcycling_worker.py"
-    launcher = [RANKS, str(world)]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(worker), str(folder), json.dumps(jobs)], capture_output=True, text=True,
-        timeout=300,
-        # what is freed goes back to the system at once: what is measured is what is held
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[:6000]
+    # what is freed goes back to the system at once: what is measured is what is held
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    launch(world, "sharded_upcycling_worker.py", folder, json.dumps(jobs), timeout=300, **at_once)
     return {name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(world)] for name in names}
 
 
 @pytest.mark.parametrize("world", RUNS)
 def test_every_rank_has_its_shard_of_what_upcycle_writes(sources: dict[str, Any], world: int) -> None:
-    found_by_name = launch(sources, world, RUNS[world])
+    found_by_name = upcycled(sources, world, RUNS[world])
     for found in found_by_name.pop("memory", []):
         assert found["experts"] == [4, 4, 4]
         assert found["shard"] < 16 * 3 * 3 * HEAVY["hidden_size"] * HEAVY["intermediate_size"] * 4 / 3  # of the whole MoE

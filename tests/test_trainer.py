@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from hf_moe.training.parameter_groups import parts_of
 from hf_moe.training.perplexity import Perplexity
 from native_models import NATIVE
 from peft import LoraConfig, get_peft_model
-from ranks import RANKS
+from ranks import launch
 from tiny import tiny
 from torch import nn
 from torch.nn import functional as F
@@ -455,12 +453,7 @@ def worker(folder: str) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    launcher = [RANKS, "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, __file__, str(tmp_path)], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(2, __file__, tmp_path, timeout=300)
     expected = token_weighted_loss(tiny())
     alone = moe_trainer(tiny(), tmp_path, router_learning_rate=1e-3)
     alone.train()
