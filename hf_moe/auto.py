@@ -1,10 +1,15 @@
 # Copyright 2026 the hf_moe authors. Licensed under the Apache License, Version 2.0.
 """Registers the classes with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`, and has the public names of `hf_moe`."""
 
+from importlib.util import find_spec
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .configuration_moe import PRESETS, MoEConfig
 from .dense_ffn import UnsupportedArchitectureError
+from .fast_experts import GPU_NAME
 from .modeling_moe import MoECausalLMOutputWithPast, MoEForCausalLM, MoEModel
 from .moe_layer import MoELayer
 from .record import RoutingRecord, checkpoint_with_record, record_routing
@@ -13,6 +18,17 @@ from .routing import Routing
 AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
 AutoModel.register(MoEConfig, MoEModel, exist_ok=True)
 AutoModelForCausalLM.register(MoEConfig, MoEForCausalLM, exist_ok=True)
+
+
+def _with_triton(*args: Any) -> Any:
+    """The experts of `hf_moe.triton_experts`, imported when they first run: Triton takes a while."""
+    from .triton_experts import triton_experts_forward
+
+    return triton_experts_forward(*args)
+
+
+if find_spec("triton") is not None:
+    ALL_EXPERTS_FUNCTIONS.register(GPU_NAME, _with_triton)
 
 __all__ = [
     "PRESETS",

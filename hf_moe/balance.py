@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .record import LayerRecord, layer_losses, stack_by_name
+from .record import LayerRecord, losses_of_layers
 
 
 @dataclass
@@ -73,16 +73,19 @@ class BatchBalance:
             return self._single(layers)
         num_items = torch.as_tensor(num_items_in_batch, device=num_labels.device).float().flatten()[0]
         if self.scope == "micro_batch":
-            losses = stack_by_name([layer_losses(layer.sums, layer.top_k) for layer in layers])
+            losses = losses_of_layers([(layer.sums, layer.top_k) for layer in layers])
             share = num_labels / num_items
             return {name: share * loss for name, loss in losses.items()}, _detached(losses)
         return self._global(layers, num_labels.float(), num_items, parameter_version)
 
     def _single(self, layers: list[LayerRecord]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """A batch of its own; over ranks the value is A(S) on each, and the mean of the gradients that of A(S)."""
-        flat = _flatten(layers)
         world = _world_size() if self.scope == "global_batch" else 1
-        losses = _losses(flat + _of_other_ranks(flat) if world > 1 else flat, layers)
+        if world == 1:
+            losses = losses_of_layers([(layer.sums, layer.top_k) for layer in layers])
+            return losses, _detached(losses)
+        flat = _flatten(layers)
+        losses = _losses(flat + _of_other_ranks(flat), layers)
         values = _detached(losses)
         return {name: values[name] + world * (loss - values[name]) for name, loss in losses.items()}, values
 
@@ -133,11 +136,8 @@ def _losses(flat: Tensor, layers: list[LayerRecord]) -> dict[str, Tensor]:
     """Losses by name, `[L]`, from what `_flatten` made."""
     sizes = [value.numel() for layer in layers for value in layer.sums.values()]
     parts = iter(flat.split(sizes))
-    per_layer = []
-    for layer in layers:
-        sums = {name: next(parts).view(value.shape) for name, value in layer.sums.items()}
-        per_layer.append(layer_losses(sums, layer.top_k))
-    return stack_by_name(per_layer)
+    sums = [{name: next(parts).view(value.shape) for name, value in layer.sums.items()} for layer in layers]
+    return losses_of_layers([(of_layer, layer.top_k) for of_layer, layer in zip(sums, layers, strict=True)])
 
 
 def _detached(losses: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -116,23 +116,19 @@ class ExpertMesh(DistributedConfig):
                 _leave_out(experts)
         return model
 
-    def table(self, names: list[str] | None = None) -> str:
-        """The ranks as a small table: where each stands in both views.
-
-        Args:
-            names: of the ranks' machines, in rank order (default: not shown).
-        """
-        head = ["rank", *(["node"] if names else []), "batch", "tp", "dense shard", "expert copy", "expert shard", "ep"]
-        rows = [head, *([str(c) for c in self._row(rank, names)] for rank in range(self.world_size))]
+    def table(self) -> str:
+        """The ranks as a small table: where each stands in both views."""
+        head = ["rank", "batch", "tp", "dense shard", "expert copy", "expert shard", "ep"]
+        rows = [head, *([str(c) for c in self._row(rank)] for rank in range(self.world_size))]
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
-    def _row(self, rank: int, names: list[str] | None) -> list[Any]:
+    def _row(self, rank: int) -> list[Any]:
         tp, fsdp = self.tp_size, self.fsdp_size
         batch = rank // tp
         copies = rank // self.ep_size
-        place = [rank, *([names[rank]] if names else []), batch, rank % tp, f"{batch % fsdp}/{fsdp}"]
+        place = [rank, batch, rank % tp, f"{batch % fsdp}/{fsdp}"]
         return [*place, copies // self.efsdp_size, f"{copies % self.efsdp_size}/{self.efsdp_size}", f"{rank % self.ep_size}"]
 
 

@@ -53,14 +53,9 @@ def experts_of_rank(num_experts: int, ep_size: int, rank: int) -> range:
     return range(min(rank * per_rank, num_experts), min((rank + 1) * per_rank, num_experts))
 
 
-def is_sharded_over_experts(module: nn.Module) -> bool:
-    """Whether a module's experts are spread over ranks by this style."""
-    return hasattr(module, "num_global_experts")
-
-
 def sharded_experts(model: nn.Module) -> list[Any]:
-    """The expert modules of a model that are spread over ranks, first to last."""
-    return [module for module in model.modules() if is_sharded_over_experts(module)]
+    """The expert modules of a model that are spread over ranks by this style, first to last."""
+    return [module for module in model.modules() if hasattr(module, "num_global_experts")]
 
 
 _STYLE: Any = UnevenExpertShard(Shard(0), shards_expert_dim=True)

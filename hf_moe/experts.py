@@ -2,7 +2,7 @@
 """Expert weights stacked into one tensor per projection, and the shared experts that every token passes.
 
 `Experts` keeps the contract of Transformers (`gate_up_proj` E×2F×D, `down_proj` E×D×F, `act_fn`, `num_experts`), so that
-every registered `experts_implementation` runs it.
+every registered `experts_implementation` runs it. The default is `"hf_moe"` (see `hf_moe.fast_experts`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import initialization as init
 from transformers.integrations import use_experts_implementation
 
 from .configuration_moe import MoEConfig
+from .fast_experts import NAME, takes
 
 
 @use_experts_implementation
@@ -110,14 +111,17 @@ class Experts(_StackedExperts):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See `loop` for what is computed; the config's `experts_implementation` says how."""
-        if self._needs_loop(hidden_states.dtype):
+        if self._needs_loop(hidden_states):
             return self.loop(hidden_states, top_k_index, top_k_weights)
         return super().forward(hidden_states, top_k_index, top_k_weights)
 
-    def _needs_loop(self, dtype: torch.dtype) -> bool:
+    def _needs_loop(self, hidden_states: Tensor) -> bool:
         """Torch's grouped GEMM takes no fp64, and only rows of a multiple of 16 bytes; the plain loop takes any."""
-        unfit = dtype == torch.float64 or self.hidden_dim % 8 or self.intermediate_dim % 8  # 8 of the smallest, bf16
-        return bool(unfit) and self.config._experts_implementation == "grouped_mm"
+        name = self.config._experts_implementation
+        if name != "grouped_mm" and (name != NAME or takes(self, hidden_states)):
+            return False
+        # 8 of the smallest precision, bf16
+        return bool(hidden_states.dtype == torch.float64 or self.hidden_dim % 8 or self.intermediate_dim % 8)
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Weights from N(0, std²), biases 0."""

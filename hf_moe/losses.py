@@ -2,7 +2,8 @@
 """Router losses and the loss-free bias update, as pure functions of sums over tokens.
 
 Every loss here is a function of *sums over real tokens* (`importance_E`, `load_E`, `counts_E`, `prob_sum_E`, …). Sums add
-up over micro-batches and ranks, so the same functions serve every balance scope.
+up over micro-batches and ranks, so the same functions serve every balance scope. Sums of L layers can be given at once, with
+a dimension L before the others; so are the losses then.
 
 Letters: T tokens, E experts, K experts per token, A groups, B experts of a group (A·B = E).
 """
@@ -24,7 +25,8 @@ def cv_squared(values_E: Tensor) -> Tensor:
     Returns:
         `[...]`; 0 where all are equal.
     """
-    return values_E.var(dim=-1, correction=0) / (values_E.mean(dim=-1).square() + CV_EPSILON)
+    variance, mean = torch.var_mean(values_E, dim=-1, correction=0)
+    return variance / (mean.square() + CV_EPSILON)
 
 
 def importance_loss(importance_E: Tensor) -> Tensor:
@@ -41,14 +43,16 @@ def switch_loss(counts_E: Tensor, prob_sum_E: Tensor, num_tokens: Tensor | float
     """`E · Σ_i f_i P_i` (Switch, eq. 4-6; GShard). Balanced: 1.
 
     Args:
-        counts_E: `[E]` assignments per expert; carries no gradient.
-        prob_sum_E: `[E]` sum over tokens of softmax(logits).
-        num_tokens: T, the tokens summed over.
+        counts_E: `[..., E]` assignments per expert; carries no gradient.
+        prob_sum_E: `[..., E]` sum over tokens of softmax(logits).
+        num_tokens: T, `[...]`, the tokens summed over.
         top_k: K, assignments per token: `f_i = counts_i / (T K)`.
+
+    Returns:
+        `[...]`.
     """
     tokens = torch.as_tensor(num_tokens, device=prob_sum_E.device).clamp(min=1)
-    fraction_E = counts_E.detach() / (tokens * top_k)
-    return counts_E.numel() * (fraction_E * (prob_sum_E / tokens)).sum()
+    return (counts_E.detach() * prob_sum_E).sum(dim=-1) / tokens.square() * (counts_E.shape[-1] / top_k)
 
 
 def z_loss(z_sum: Tensor, num_tokens: Tensor | float) -> Tensor:
@@ -80,15 +84,15 @@ def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, noise_std_TE: Tensor, top_k:
 
 
 def hierarchical_load(primary_load_A: Tensor, secondary_load_AB: Tensor, primary_count_A: Tensor) -> Tensor:
-    """`Load_ij = Load_p,i · Load_i(X⁽ⁱ⁾)_j / |X⁽ⁱ⁾|` (Shazeer 2017, eq. 14), flattened to `[A·B]`.
+    """`Load_ij = Load_p,i · Load_i(X⁽ⁱ⁾)_j / |X⁽ⁱ⁾|` (Shazeer 2017, eq. 14), flattened to `[..., A·B]`.
 
     Args:
-        primary_load_A: `[A]` smooth load of the groups.
-        secondary_load_AB: `[A, B]` smooth load of the experts over the tokens sent to their group.
-        primary_count_A: `[A]` true number of tokens sent to each group.
+        primary_load_A: `[..., A]` smooth load of the groups.
+        secondary_load_AB: `[..., A, B]` smooth load of the experts over the tokens sent to their group.
+        primary_count_A: `[..., A]` true number of tokens sent to each group.
     """
     share_A1 = (primary_load_A / primary_count_A.clamp(min=1)).unsqueeze(-1)
-    return (share_A1 * secondary_load_AB).flatten()
+    return (share_A1 * secondary_load_AB).flatten(-2)
 
 
 def loss_free_bias_update(counts_E: Tensor, speed: float) -> Tensor:

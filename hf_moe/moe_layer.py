@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 from .configuration_moe import BATCH_ROUTERS, MoEConfig
 from .dispatch_scope import DispatchScope, dispatching
 from .experts import DenseFFN, Experts
+from .fast_experts import NAME as FAST_EXPERTS
 from .record import current_record
 from .routers import ROUTERS, ExpertChoiceRouter
 from .routing import Routing, apply_capacity, most_rows_per_expert
@@ -69,7 +70,7 @@ class MoELayer(nn.Module):
             if num_experts is not None:
                 config_fields["num_experts"] = num_experts
             config = MoEConfig(**config_fields)
-            config._experts_implementation = config._experts_implementation or "grouped_mm"
+            config._experts_implementation = config._experts_implementation or FAST_EXPERTS
         self.config = config
         self.hidden_size = hidden_size
         self.num_experts = config.num_experts_per_layer[0] if num_experts is None else num_experts
@@ -149,7 +150,7 @@ class MoELayer(nn.Module):
             routing = apply_capacity(routing, self.num_experts, capacity_factor, shape, token_mask_T, policy)
         if record is not None:
             record.add(routing, self.num_experts, self.top_k, token_mask_T)
-        if self._experts_are_distributed:
+        if _has_own_forward(self.experts):
             y_TD = self._run_distributed_experts(x_TD, routing, rows_per_expert)
         else:
             y_TD = self._run_experts(x_TD, routing)
@@ -166,11 +167,6 @@ class MoELayer(nn.Module):
         ids, weights = routing.expert_ids_TK[token, slot], routing.weights_TK[token, slot]
         rows = self.experts(x_TD[token], ids.unsqueeze(-1), weights.unsqueeze(-1))
         return torch.zeros_like(x_TD).index_add(0, token, rows.to(x_TD.dtype))
-
-    @property
-    def _experts_are_distributed(self) -> bool:
-        """Whether a dispatcher stands before the experts: Transformers puts it into the module's `forward`."""
-        return any("forward" in vars(module) for module in self.experts.modules())
 
     def _run_distributed_experts(self, x_TD: Tensor, routing: Routing, rows_per_expert: int | None) -> Tensor:
         """Experts on several ranks, and the dense part while tokens travel."""
@@ -201,6 +197,11 @@ class MoELayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"router_type={self.config.router_type!r}"
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a dispatcher stands before the experts: Transformers puts it into the module's `forward`."""
+    return "forward" in module.__dict__ or any(map(_has_own_forward, module._modules.values()))  # type: ignore[arg-type]
 
 
 def _flat(values_BS: Tensor | None, x_TD: Tensor, name: str) -> Tensor | None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace
 from .checkpoint_names import fused_state_dict
 from .configuration_moe import BATCH_ROUTERS, NOISY_ROUTERS, MoEConfig
 from .dense_ffn import UnsupportedArchitectureError, find_ffns
+from .fast_experts import NAME as FAST_EXPERTS
 from .moe_layer import MoELayer
 from .native_blocks import experts_field, find_native_blocks
 from .parameter_counts import Shape, count_parameters
@@ -37,6 +39,10 @@ LOSS_COEFFICIENTS = {
 
 # Styles of expert parameters: Transformers' own, and that of `hf_moe.expert_sharding`, which is there once that is imported.
 EVEN_SHARD, UNEVEN_SHARD = "grouped_gemm", "hf_moe_expert_shard"
+
+
+# Arguments of `from_pretrained` that `hf_moe.expert_offload` reads.
+OFFLOAD_OPTIONS = ("expert_offload", "expert_cache_size", "expert_prefetch")
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,10 @@ class MoEPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True  # Transformers looks for the decorator in this file, but it is in experts.py
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """See `PreTrainedModel`'s; ours is the default."""
+        return super().get_correct_experts_implementation(FAST_EXPERTS if requested_experts is None else requested_experts)
+
     def get_input_embeddings(self) -> nn.Module:
         return self._dense_model().get_input_embeddings()
 
@@ -218,6 +228,9 @@ class MoEPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         """See `PreTrainedModel.from_pretrained`.
 
+        With `expert_offload="disk"` (or `"cpu"`) experts are read when they are used, into a cache of `expert_cache_size`; a
+        thread reads them ahead for `expert_prefetch` layers. See `hf_moe.expert_offload`.
+
         Raises:
             ValueError: the folder is a checkpoint of a training whose model was spread over ranks.
         """
@@ -226,6 +239,10 @@ class MoEPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} is a checkpoint of an expert-parallel training. Resume from it, or make a "
                 "model of it with `hf-moe consolidate`."
             )
+        options = {name: kwargs.pop(name) for name in OFFLOAD_OPTIONS if name in kwargs}
+        if any(value is not None for value in options.values()):
+            offload = importlib.import_module("hf_moe.expert_offload")  # no part of the code that goes with a checkpoint
+            return offload.load_offloaded(cls, options, pretrained_model_name_or_path, *args, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def _dense_model(self) -> PreTrainedModel:

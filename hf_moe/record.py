@@ -21,7 +21,10 @@ from torch import Tensor
 from transformers import Cache
 
 from .losses import hierarchical_load, importance_loss, load_loss, switch_loss, z_loss
+from .router_math import Sums, pieces_of, softmax_sums, without_autocast
 from .routing import Routing
+
+_NO_LOSS = {"executed", "entropy"}  # sums that no loss is made of
 
 
 @dataclass
@@ -50,11 +53,11 @@ class LayerRecord:
 
 
 def layer_losses(sums: dict[str, Tensor], top_k: int) -> dict[str, Tensor]:
-    """The losses that the sums of a layer allow (see `LayerRecord.sums`), without coefficients."""
+    """The losses that the sums of a layer allow (see `LayerRecord.sums`), without coefficients; see also `losses_of_layers`."""
     losses = {"importance_loss": importance_loss(sums["importance"])} if "importance" in sums else {}
     if "primary_load" in sums:
-        groups = sums["primary_load"].numel()
-        load_E = hierarchical_load(sums["primary_load"], sums["load"].view(groups, -1), sums["primary_count"])
+        groups = sums["primary_load"].shape[-1]
+        load_E = hierarchical_load(sums["primary_load"], sums["load"].unflatten(-1, (groups, -1)), sums["primary_count"])
         losses["load_loss"] = load_loss(load_E)
     elif "load" in sums:
         losses["load_loss"] = load_loss(sums["load"])
@@ -106,8 +109,43 @@ class RoutingRecord:
 
     def losses(self) -> dict[str, Tensor]:
         """Losses by name, each the mean over the layers that define it (never pooled over layers)."""
-        per_layer = stack_by_name([layer.losses() for layer in self.layers if layer.sums])
-        return {name: losses_L.mean() for name, losses_L in per_layer.items()}
+        per_layer = losses_of_layers([(layer.sums, layer.top_k) for layer in self.layers if layer.sums])
+        return {name: losses_L.mean() if len(losses_L) > 1 else losses_L[0] for name, losses_L in per_layer.items()}
+
+
+def losses_of_layers(layers: list[tuple[dict[str, Tensor], int]]) -> dict[str, Tensor]:
+    """`layer_losses` of several layers, each name's as one vector over the layers that have it.
+
+    Layers of the same kind are computed at once: the sums are small, so what costs is the number of operations.
+
+    Args:
+        layers: sums and K of each.
+    """
+    kinds: dict[Any, list[int]] = {}
+    for row, (sums, top_k) in enumerate(layers):
+        some = sums["tokens"]
+        kind = (top_k, *((name, value.shape) for name, value in sums.items()), some.device, some.dtype)
+        kinds.setdefault(kind, []).append(row)
+    per_layer: list[dict[str, Tensor]] = [{} for _ in layers]
+    for rows in kinds.values():
+        losses = layer_losses(_stacked([layers[row][0] for row in rows]), layers[rows[0]][1])
+        if len(rows) == len(layers):
+            return losses
+        for name, loss_L in losses.items():
+            for row, loss in zip(rows, loss_L.unbind(), strict=True):
+                per_layer[row][name] = loss
+    return stack_by_name(per_layer)
+
+
+def _stacked(sums: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Each sum of layers of the same kind, with a dimension for the layers in front."""
+    if all(isinstance(of_layer, Sums) for of_layer in sums):
+        stacked = pieces_of(torch.stack([of_layer.flat for of_layer in sums if isinstance(of_layer, Sums)]))
+    else:
+        stacked = {}
+    for name in sums[0].keys() - stacked.keys() - _NO_LOSS:
+        stacked[name] = torch.stack([of_layer[name] for of_layer in sums])
+    return stacked
 
 
 def stack_by_name(per_layer: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -119,35 +157,29 @@ def stack_by_name(per_layer: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def routing_sums(routing: Routing, num_experts: int, token_mask_T: Tensor | None = None) -> dict[str, Tensor]:
     """Sums over real tokens of a plan (the `sums` of a `LayerRecord`)."""
-    weights_TK, logits_TE = routing.chosen_weights_TK, routing.logits_TE
+    with without_autocast(routing.chosen_weights_TK.device.type):
+        return _routing_sums(routing, num_experts, token_mask_T)
+
+
+def _routing_sums(routing: Routing, num_experts: int, token_mask_T: Tensor | None) -> dict[str, Tensor]:
+    weights_TK, ids_TK = routing.chosen_weights_TK, routing.chosen_ids_TK
     real_T = None if token_mask_T is None else token_mask_T.to(weights_TK.dtype)
-    tokens = weights_TK.new_full((), weights_TK.shape[0]) if real_T is None else real_T.sum()
 
-    def per_expert(ids_TK: Tensor, values_TK: Tensor) -> Tensor:
-        if real_T is not None:
-            values_TK = values_TK * real_T.unsqueeze(-1)
-        sums_E1 = values_TK.new_zeros(num_experts + 1)  # the last: empty slots
-        return sums_E1.scatter_add(0, ids_TK.flatten(), values_TK.flatten())[:num_experts]
+    def counts(ids_TK: Tensor) -> Tensor:
+        ones_TK = torch.ones_like(weights_TK) if real_T is None else real_T.unsqueeze(-1).expand(weights_TK.shape)
+        counts_E1 = weights_TK.new_zeros(num_experts + 1)  # the last: empty slots
+        return counts_E1.scatter_add(0, ids_TK.reshape(-1), ones_TK.reshape(-1))[:num_experts]
 
-    def total(values_T: Tensor) -> Tensor:
-        if real_T is not None:
-            values_T = values_T * real_T.view(-1, *[1] * (values_T.dim() - 1))
-        return values_T.sum(dim=0)
-
-    ones_TK = torch.ones_like(weights_TK)
-    sums = {"tokens": tokens, "counts": per_expert(routing.chosen_ids_TK, ones_TK)}
-    same = routing.expert_ids_TK is routing.chosen_ids_TK
-    sums["executed"] = sums["counts"] if same else per_expert(routing.expert_ids_TK, ones_TK)
-    if logits_TE is not None:
-        sums["importance"] = per_expert(routing.chosen_ids_TK, weights_TK)
-        log_z_T = logits_TE.logsumexp(dim=-1)
-        probs_TE = (logits_TE - log_z_T.unsqueeze(-1)).exp()
-        sums["probs"] = total(probs_TE)
-        sums["z"] = total(log_z_T.square())
-        with torch.no_grad():
-            sums["entropy"] = total(torch.special.entr(probs_TE).sum(dim=-1))
+    if routing.logits_TE is None:
+        tokens = weights_TK.new_full((), weights_TK.shape[0]) if real_T is None else real_T.sum()
+        counts_E = counts(ids_TK)
+        sums = {"tokens": tokens, "counts": counts_E, "executed": counts_E}
+    else:
+        sums = softmax_sums(routing.logits_TE, weights_TK, ids_TK, real_T)
+    if routing.expert_ids_TK is not ids_TK:
+        sums["executed"] = counts(routing.expert_ids_TK)
     for name, values_T in routing.stats.items():
-        sums[name] = total(values_T)
+        sums[name] = values_T.sum(dim=0) if real_T is None else torch.tensordot(real_T, values_T.to(real_T.dtype), dims=1)
     return sums
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,9 @@ from transformers import initialization as init
 from .best_tokens import best_tokens_per_expert
 from .configuration_moe import MoEConfig
 from .losses import loss_free_bias_update, smooth_load
+from .router_math import project, without_autocast
 from .routing import Routing, top_k
 
-_NO_CONTEXT = nullcontext()
 NOISE_EPSILON = 1e-2  # smallest standard deviation of the gating noise (the paper's reference code)
 
 
@@ -65,13 +64,12 @@ class Router(nn.Module, ABC):
             token_mask_T: `[T]` bool, False for padding. Read by the routers that compare tokens with each other.
             token_ids_T: `[T]` vocabulary ids. Read by the hash router.
         """
-        device_type = x_TD.device.type
-        with torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NO_CONTEXT:
-            return self.route(self._jittered(x_TD.to(self.weight.dtype)), token_mask_T)
+        with without_autocast(x_TD.device.type):
+            return self.route(self._jittered(x_TD), token_mask_T)
 
     @abstractmethod
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
-        """The router's rule, on fp32 tokens."""
+        """The router's rule, on tokens of any precision; `project` makes fp32 of them."""
 
     @property
     def compares_ranks(self) -> bool:
@@ -82,6 +80,7 @@ class Router(nn.Module, ABC):
         jitter = self.jitter * self.noise_scale
         if not (self.training and jitter):
             return x_TD
+        x_TD = x_TD.to(self.weight.dtype)
         return x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
 
     def _explored(self, scores_TE: Tensor) -> Tensor:
@@ -112,7 +111,7 @@ class TopKRouter(Router):
         self.renormalise = config.norm_topk_prob and config.router_type != "switch"
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
-        logits_TE = self._explored(F.linear(x_TD, self.weight))
+        logits_TE = self._explored(project(x_TD, self.weight))
         top_TK, ids_TK = top_k(logits_TE, self.top_k)
         if self.renormalise:  # softmax over the kept logits is the renormalised softmax
             return Routing.of(ids_TK, top_TK.softmax(dim=-1), logits_TE)
@@ -129,7 +128,7 @@ class NoisyTopKRouter(Router):
         self.noise_weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
-        clean_TE, raw_TE = self._explored(F.linear(x_TD, self.weight)), F.linear(x_TD, self.noise_weight)
+        clean_TE, raw_TE = self._explored(project(x_TD, self.weight)), project(x_TD, self.noise_weight)
         noise_TE = torch.randn_like(clean_TE) if self.training else None
         ids_TK, weights_TK, load_TE = noisy_top_k(clean_TE, raw_TE, noise_TE, self.top_k, self.noise_scale)
         return Routing.of(ids_TK, weights_TK, clean_TE, load=load_TE)
@@ -162,7 +161,7 @@ class GShardRouter(Router):
     """GShard and GLaM: top-2, g1 + g2 = 1; in training the second is kept with probability min(1, 2·g2)."""
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
-        logits_TE = self._explored(F.linear(x_TD, self.weight))
+        logits_TE = self._explored(project(x_TD, self.weight))
         top_TK, ids_TK = top_k(logits_TE, 2)
         weights_TK = top_TK.softmax(dim=-1)
         routing = Routing.of(ids_TK, weights_TK, logits_TE)
@@ -193,7 +192,7 @@ class SigmoidRouter(Router):
         init.zeros_(self.e_score_correction_bias)
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
-        logits_TE = F.linear(x_TD, self.weight)
+        logits_TE = project(x_TD, self.weight)
         scores_TE = logits_TE.sigmoid()
         biased_TE = self._explored(scores_TE.detach() + self.e_score_correction_bias)
         _, ids_TK = top_k(self._within_groups(biased_TE), self.top_k)
@@ -240,11 +239,11 @@ class HierarchicalRouter(Router):
         self.group_noise_weight = nn.Parameter(torch.empty(self.num_groups, hidden_size, dtype=torch.float32))
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
-        groups_TA, group_raw_TA = F.linear(x_TD, self.group_weight), F.linear(x_TD, self.group_noise_weight)
-        clean_TAB = self._explored(F.linear(x_TD, self.weight)).unflatten(-1, (self.num_groups, -1))
+        groups_TA, group_raw_TA = project(x_TD, self.group_weight), project(x_TD, self.group_noise_weight)
+        clean_TAB = self._explored(project(x_TD, self.weight)).unflatten(-1, (self.num_groups, -1))
         if self.exploration_bonus is not None and self.training:
             groups_TA = groups_TA + self.exploration_bonus.to(groups_TA).view(self.num_groups, -1).amin(dim=-1)
-        raw_TAB = F.linear(x_TD, self.noise_weight).view_as(clean_TAB)
+        raw_TAB = project(x_TD, self.noise_weight).view_as(clean_TAB)
         group_noise_TA = torch.randn_like(groups_TA) if self.training else None
         noise_TAB = torch.randn_like(clean_TAB) if self.training else None
         k, k_in_group, scale = self.topk_group, self.top_k_in_group, self.noise_scale
@@ -278,7 +277,7 @@ class ExpertChoiceRouter(Router):
         self.factor = config.num_experts_per_tok if config.capacity_factor is None else config.capacity_factor
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
-        logits_TE = F.linear(x_TD, self.weight)
+        logits_TE = project(x_TD, self.weight)
         probs_TE = logits_TE.softmax(dim=-1)
         chosen_TE = best_tokens_per_expert(probs_TE, self.factor, token_mask_T, self.compares_ranks)
         return _dense_plan(probs_TE * chosen_TE, chosen_TE, logits_TE)
@@ -300,7 +299,7 @@ class StrictlyBalancedRouter(Router):
         init.zeros_(self.thresholds)
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
-        logits_TE = F.linear(x_TD, self.weight)
+        logits_TE = project(x_TD, self.weight)
         probs_TE = logits_TE.softmax(dim=-1)
         above_TE = probs_TE > self.thresholds
         chosen_TE = above_TE

@@ -347,7 +347,10 @@ KINDS: dict[str, Any] = {
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     torch.set_num_threads(1)
-    dist.init_process_group("nccl" if int(os.environ["WORLD_SIZE"]) == 1 else "gloo")
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    else:  # by itself, on a GPU
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     register_dispatchers()
     for job in json.loads((target / "jobs.json").read_text()):
         name, kind = job.pop("name"), job.pop("kind")

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from families import text_config
 from hf_moe.training import MoETrainer, MoETrainingArguments
+from ranks import end_after
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -336,6 +337,7 @@ def start(folder: Path, jobs: list[dict[str, Any]]) -> list[int]:
         child = os.fork()
         if child == 0:
             code = 1
+            end_after(300)
             try:
                 rank_main(folder, jobs, rank, meeting)
                 code = 0

@@ -1,4 +1,4 @@
-"""Worker: ten optimizer steps of a plain loop under Accelerate, the experts spread over ranks as told.
+"""Worker: a few optimizer steps of a plain loop under Accelerate, the experts spread over ranks as told.
 
 Run by test_expert_parallel.py under torchrun: `parity_worker.py FOLDER JOBS`, JOBS a file; the test itself calls `train` for
 the same steps in one process. Rank 0 writes FOLDER/NAME.pt.
@@ -22,14 +22,16 @@ from hf_moe import MoEConfig, MoEForCausalLM
 from hf_moe.expert_parallel import load_expert_parallel, parameter_groups
 
 ROWS = 8  # sequences of a global batch
+TWO_LAYERS = {"num_hidden_layers": 2}
 SPREAD = ("ep_size", "dense", "dispatcher", "dp_replicate_size", "tp_size", "chunk_rows", "ranks_per_node", "mixed_precision")
 
 
 def build(job: dict[str, Any]) -> MoEForCausalLM:
     """The model of a job, its router far from uniform."""
     torch.manual_seed(job.get("seed", 0))
-    config = text_config(job.get("family", "llama"), **{"initializer_range": 0.2, **job.get("text", {})})
-    model = MoEForCausalLM(MoEConfig(text_config=config, **{"num_experts": 4, **job.get("fields", {})}))
+    config = text_config(job.get("family", "llama"), **{"initializer_range": 0.2, **job.get("text", TWO_LAYERS)})
+    # of few shapes: what DTensor finds out about an operation, which takes it seconds, it finds out once for each shape
+    model = MoEForCausalLM(MoEConfig(text_config=config, **{"num_experts": 6, **job.get("fields", {})}))
     favourite = job.get("favourite")
     for layer in model.moe_layers:
         for name, weight in layer.gate.named_parameters():

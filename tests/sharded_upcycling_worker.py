@@ -7,6 +7,7 @@ FOLDER/NAME.RANK.json.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from hf_moe import MoEForCausalLM
 from hf_moe.expert_parallel import ExpertParallelConfig, load_expert_parallel
+
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def resident(which: str) -> int:
@@ -72,6 +75,7 @@ def run(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)  # what is freed goes back at once: what is measured is what is held
     dist.init_process_group("gloo")
     for each in json.loads(sys.argv[2]):
         (target / f"{each['name']}.{dist.get_rank()}.json").write_text(json.dumps(run(target, each)))

@@ -128,4 +128,4 @@ def refusal(capsys: Any, place: Path, *arguments: str) -> str:
 
 def run_command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """`hf-moe upcycle` in a process of its own."""
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, **options)
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=300, **options)

@@ -98,7 +98,7 @@ def test_reader() -> None:
 def test_reader_needs_no_torch() -> None:
     code = "import sys, architectures; assert architectures.lookup('llama'); "
     code += "assert not {'torch', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=walk.JSON.parent)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=walk.JSON.parent, timeout=300)
 
 
 # ---------------------------------------------------------------------- what no architecture of the registry has

@@ -27,7 +27,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int]
     for ranks in (1, 2):
         cuts = [(name, a) for name in FIELDS for r, a in [(1, 1), *CUTS] if r == ranks]
         out, jobs = folder / f"{ranks}.pt", json.dumps([(FIELDS[name], accumulation) for name, accumulation in cuts])
-        launch(ranks, "trainer_cut.py", out, jobs, timeout=600)
+        launch(ranks, "trainer_cut.py", out, jobs)
         results |= {(name, ranks, a): result for (name, a), result in zip(cuts, torch.load(out), strict=True)}
     return results
 

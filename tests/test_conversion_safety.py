@@ -25,6 +25,7 @@ import pytest
 import torch
 from hf_moe.conversion import ConversionError, UnfinishedConversionError, upcycle
 from hf_moe.conversion.checkpoint_writer import workspace_of
+from ranks import end_after
 from sources import (
     COMMAND,
     dense_model,
@@ -43,6 +44,8 @@ LAYERS = 12
 RECIPE: dict[str, Any] = {"num_experts": 4, "verify": False, "max_shard_size": 60_000}
 PROMPTS = [["the cat"], ["a dog ran", "red"], ["two"], ["in the house"]]
 TEXT = ["the cat sat on the mat and the dog ran in", "one two three", "a red house and a blue mat"]
+TURNS = 40  # after which what is always "faster" is taken for a fault
+CHILD_S, COMMAND_S, POLL_S = 120, 300, 0.0005
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "open")  # audit events
 
 
@@ -73,6 +76,7 @@ def start(work: Callable[[], Any], log: Path) -> int:
     try:
         with open(log, "w") as file:
             os.dup2(file.fileno(), 2)
+            end_after(CHILD_S)
             try:
                 work()
             except BaseException:
@@ -94,6 +98,7 @@ def kill_when(child: int, ready: Callable[[], bool], how: int = signal.SIGKILL) 
     while not ready():
         if (status := ended(child)) is not None:
             return status
+        time.sleep(POLL_S)  # the child needs the processor
     os.kill(child, how)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -366,15 +371,18 @@ def test_kills_while_verifying(seed: int, dense: Path, tmp_path: Path) -> None:
     written = workspace_of(destination) / "checkpoint" / "config.json.unfinished"
     draw = random.Random(seed)
     status: int | None = 0
-    while status == 0:  # it was faster
+    for _ in range(TURNS):
         shutil.rmtree(destination, ignore_errors=True)
         child = start(lambda: upcycle(dense, destination, **fields), tmp_path / "log")
         status = None
         while status is None and not written.exists():
             status = ended(child)
+            time.sleep(POLL_S)
         if status is None:
             status = kill_when(child, passed(draw.uniform(0, 0.05)))
         check_after_kill(destination, expected)
+        if status:  # else it was faster
+            break
     assert status == -signal.SIGKILL, (tmp_path / "log").read_text()
     check_finish(dense, destination, expected, **fields)
     assert json.loads((destination / "upcycling_report.json").read_text())["exact"] is True
@@ -385,7 +393,7 @@ def test_commands_are_killed(dense: Path, tmp_path: Path) -> None:
     destination = tmp_path / "moe"
     command = [*COMMAND, str(dense), str(destination), "--num-experts", "4", "--no-verify", "--max-shard-size", "60000"]
     began = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, timeout=COMMAND_S)
     whole = time.monotonic() - began
     expected = tree(destination)
     shutil.rmtree(destination)
@@ -394,15 +402,15 @@ def test_commands_are_killed(dense: Path, tmp_path: Path) -> None:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         ready = lines_written(destination, draw.randrange(100)) if turn % 2 else passed(draw.uniform(0, whole))
         while not ready() and process.poll() is None:
-            pass
+            time.sleep(POLL_S)
         process.kill()
         assert process.wait() in (0, -signal.SIGKILL)
         check_after_kill(destination, expected)
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S)
     assert done.returncode == 0, done.stderr
     assert tree(destination) == expected
     assert not workspace_of(destination).exists()
-    assert subprocess.run(command, capture_output=True).returncode == 0  # it is there already
+    assert subprocess.run(command, capture_output=True, timeout=COMMAND_S).returncode == 0  # it is there already
     assert tree(destination) == expected
 
 
@@ -410,21 +418,22 @@ def test_interrupted(dense: Path, tmp_path: Path) -> None:
     """Ctrl-C: one line, and the same command goes on."""
     destination = tmp_path / "moe"
     command = [*COMMAND, str(dense), str(destination), "--num-experts", "64", "--no-verify"]
-    status = 0
-    while status == 0:  # it was faster
+    for _ in range(TURNS):
         shutil.rmtree(destination, ignore_errors=True)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         ready = lines_written(destination, 10)
         while not ready() and process.poll() is None:
-            pass
+            time.sleep(POLL_S)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
+        out, err = process.communicate(timeout=COMMAND_S)
         status = process.returncode
+        if status:  # else it was faster
+            break
     assert (status, out) == (130, "")
     assert len(err.splitlines()) == 1
     assert "goes on" in err
     assert not destination.exists()
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert subprocess.run(command, capture_output=True, timeout=COMMAND_S).returncode == 0
     upcycle(dense, tmp_path / "expected", num_experts=64, verify=False)
     same_tensors(stored_tensors(destination), stored_tensors(tmp_path / "expected"))
 
@@ -433,15 +442,18 @@ def test_two_at_once(dense: Path, tmp_path: Path, capsys) -> None:
     """The second is refused and leaves the first alone."""
     destination = tmp_path / "moe"
     expected = expected_tree(dense, destination, **RECIPE)
-    stopped = False
-    while not stopped:  # else it was faster
+    for _ in range(TURNS):
         shutil.rmtree(destination, ignore_errors=True)
         child = start(lambda: upcycle(dense, destination, **RECIPE), tmp_path / "log")
         ready = lines_written(destination, 5)
-        while not ready() and not destination.exists():
-            pass
+        until = time.monotonic() + CHILD_S
+        while not ready() and not destination.exists() and time.monotonic() < until:
+            time.sleep(POLL_S)
         os.kill(child, signal.SIGSTOP)
         stopped = os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
+        if stopped:  # else it was faster
+            break
+    assert stopped, (tmp_path / "log").read_text()
     line = refusal(capsys, tmp_path, str(dense), str(destination), "--num-experts", "4", "--no-verify")
     assert "another process" in line
     os.kill(child, signal.SIGCONT)
@@ -480,13 +492,15 @@ def test_disk_full(writes: int, dense: Path, tmp_path: Path, monkeypatch, capsys
 def small_disk(folder: Path, size: int) -> Iterator[Path]:
     """A file system of so many bytes, where the system permits to mount one."""
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True, text=True, timeout=60
+    )
     if done.returncode:
         pytest.skip(f"mounting is not permitted: {done.stderr.strip()}")
     try:
         yield folder
     finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=60)
 
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no `mount` command")

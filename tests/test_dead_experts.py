@@ -737,7 +737,7 @@ def worker(folder: str) -> None:
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     collapsed(4).save_pretrained(folder / "model")
-    launch(request.param, __file__, folder, timeout=300)
+    launch(request.param, __file__, folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
 
 

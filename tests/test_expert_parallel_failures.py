@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from families import text_config
-from ranks import finished
+from ranks import finished, launch
 
 from hf_moe import MoEConfig, MoEForCausalLM
 
@@ -22,24 +22,22 @@ def model(tmp_path_factory: Any) -> Path:
     return folder
 
 
-def launch(model: Path, kind: str, timeout_s: float) -> tuple[int, str, float]:
-    """Exit status, all output, seconds."""
+def test_a_rank_that_raises(model: Path) -> None:
+    """Under torchrun."""
     worker = str(Path(__file__).parent / "failing_worker.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     began = time.monotonic()
-    return *finished([*torchrun, worker, str(model), kind, str(timeout_s)], timeout=300), time.monotonic() - began
-
-
-def test_a_rank_that_raises(model: Path) -> None:
-    status, output, seconds = launch(model, "raises", timeout_s=600)
+    status, output = finished([*torchrun, worker, str(model), "raises", "600"], timeout=300)
+    seconds = time.monotonic() - began
     assert status != 0
     assert "the data of rank 1 is damaged" in output
     assert seconds < 200  # long before the timeout
 
 
 def test_a_rank_that_does_not_come(model: Path) -> None:
-    status, output, _ = launch(model, "sleeps", timeout_s=5)
-    assert status != 0
+    with pytest.raises(AssertionError) as caught:
+        launch(2, "failing_worker.py", model, "sleeps", "5")
+    output = str(caught.value)
     waited = re.search(r"gave up after ([\d.]+) s", output)
     assert waited, output[-3000:]
     assert float(waited[1]) < 60

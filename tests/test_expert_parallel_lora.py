@@ -37,7 +37,7 @@ JOBS: dict[int, list[dict[str, Any]]] = {
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By job, what rank 0 says; and the folder."""
     folder, world = tmp_path_factory.mktemp("lora"), request.param
-    launch(world, "expert_lora_worker.py", folder, json.dumps(JOBS[world]), timeout=300)
+    launch(world, "expert_lora_worker.py", folder, json.dumps(JOBS[world]))
     found = {job["name"]: json.loads((folder / job["name"] / "result.json").read_text()) for job in JOBS[world]}
     return {"folder": folder, "world": world, "found": found}
 

@@ -121,7 +121,7 @@ JOBS: dict[int, list[dict[str, Any]]] = {
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By job, what rank 0 says."""
     folder, world = tmp_path_factory.mktemp("placement"), request.param
-    launch(world, "placement_worker.py", folder, json.dumps(JOBS[world]), timeout=300)
+    launch(world, "placement_worker.py", folder, json.dumps(JOBS[world]))
     return {job["name"]: json.loads((folder / job["name"] / "result.json").read_text()) for job in JOBS[world]}
 
 

@@ -12,7 +12,8 @@ from hf_moe import MoEForCausalLM
 
 # CUDA kernels, downloaded from the Hub by the `kernels` package.
 CUDA_ONLY = ("deepgemm", "sonicmoe")
-ON_CPU = ("eager", "batched_mm", "grouped_mm")
+TRITON = {"hf_moe_triton"}  # where Triton is installed; see test_triton_experts.py
+ON_CPU = ("eager", "batched_mm", "grouped_mm", "hf_moe")
 # name: (dense family, fields)
 CASES = {
     "gated": ("llama", {}),
@@ -31,7 +32,15 @@ TOLERANCE = {"rtol": 1e-4, "atol": 2e-6}
 
 def test_table_is_complete() -> None:
     """A new implementation of Transformers has to be tested, or named as one that needs CUDA."""
-    assert {"eager", *ALL_EXPERTS_FUNCTIONS} == {*ON_CPU, *CUDA_ONLY}
+    assert {"eager", *ALL_EXPERTS_FUNCTIONS} - TRITON == {*ON_CPU, *CUDA_ONLY}
+
+
+def test_ours_is_the_default(tmp_path: Path) -> None:
+    model = tiny()
+    assert {layer.experts.config._experts_implementation for layer in model.moe_layers} == {"hf_moe"}
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {layer.experts.config._experts_implementation for layer in loaded.moe_layers} == {"hf_moe"}
 
 
 def run(model: MoEForCausalLM, training: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -118,7 +118,7 @@ torch.save(model.eval()(ids, use_cache=False).logits.detach(), sys.argv[2])
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     arguments = [sys.executable, "-c", script, str(tmp_path / "native"), str(tmp_path / "logits.pt")]
-    subprocess.run(arguments, check=True, env=environment, cwd=tmp_path)
+    subprocess.run(arguments, check=True, env=environment, cwd=tmp_path, timeout=300)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, atol=1e-5, rtol=0)
 
 
@@ -137,7 +137,7 @@ assert plan_export(open_checkpoint(folder / "moe")).format == "mixtral"
 assert plan_import(open_checkpoint(folder / "native")).format == "mixtral"
 assert not {"torch", "transformers"} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=300)
 
 
 def test_config_is_said_in_old_words_too(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_no_torch_and_fast(tmp_path: Path) -> None:
         f"print(inspect_checkpoint({str(tmp_path)!r}).summary)\n"
         "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "active per token" in done.stdout
 

@@ -25,10 +25,12 @@ from hf_moe.training import load_file as module
 from hf_moe.training.load_file import LOAD_FILE, ExpertLoadFile, read_expert_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import end_after
 from safetensors import safe_open
 
 LAYERS, NUM_EXPERTS = [1, 3, 4], [2, 5, 3]
 Rows = list[tuple[int, list[list[int]]]]
+CHILD_S = 120
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 
 
@@ -376,7 +378,12 @@ def test_a_kill_at_every_line(task: str, hard_links: bool, tmp_path: Path, monke
 
 def child(work: Callable[[], None]) -> multiprocessing.process.BaseProcess:
     assert FORK is not None
-    process = FORK.Process(target=work, daemon=True)
+
+    def limited() -> None:
+        end_after(CHILD_S)
+        work()
+
+    process = FORK.Process(target=limited, daemon=True)
     process.start()
     return process
 
@@ -401,7 +408,7 @@ def test_kills_at_any_time(tmp_path: Path) -> None:
 
         done.value = kept
         process = child(work)
-        while done.value == kept:
+        while done.value == kept and process.is_alive():
             time.sleep(0.001)
         time.sleep(chance.random() * 0.05)
         os.kill(process.pid or 0, signal.SIGKILL)
@@ -429,7 +436,7 @@ def writer(tmp_path: Path) -> Iterator[Path]:
             time.sleep(0.01)
 
     process = child(work)
-    while not (tmp_path / LOAD_FILE).exists():
+    while not (tmp_path / LOAD_FILE).exists() and process.is_alive():
         time.sleep(0.01)
     yield tmp_path / LOAD_FILE
     assert process.is_alive()
@@ -440,7 +447,7 @@ def writer(tmp_path: Path) -> Iterator[Path]:
 def test_readers_meanwhile(writer: Path) -> None:
     """Every reader finds whole rows, never fewer than before; what torch has mapped does not change any more."""
     last, mapped, until = 0, [], time.monotonic() + 3
-    while time.monotonic() < until or last < 20:
+    while time.monotonic() < until or (last < 20 and time.monotonic() < until + CHILD_S):
         for reader in (rows_of, read_expert_load, safetensors.torch.load_file):
             try:
                 found = reader(writer)
@@ -454,6 +461,7 @@ def test_readers_meanwhile(writer: Path) -> None:
                 mapped = [*mapped[-50:], found]
             else:
                 assert found.steps == list(range(1, len(found.steps) + 1))
+    assert last >= 20
     for tensors in mapped:
         steps, executed = (tensors[name].tolist() for name in ("step", "executed"))
         assert steps == list(range(1, len(steps) + 1))

@@ -391,7 +391,7 @@ def test_adapters_load_in_a_fresh_process(tmp_path: Path) -> None:
         assert tensors_on_disk(folder / "merged").keys() == tensors_on_disk(folder / "base").keys()
         assert any(".experts.3.down_proj.weight" in key for key in tensors_on_disk(folder / "merged"))
     command = [sys.executable, "-c", _FRESH_PROCESS, str(tmp_path / "models"), str(tmp_path / "found.pt")]
-    subprocess.run(command, check=True, cwd=Path(__file__).parent, capture_output=True)
+    subprocess.run(command, check=True, cwd=Path(__file__).parent, capture_output=True, timeout=300)
     for name, found in torch.load(tmp_path / "found.pt").items():
         for logits in found[:3]:
             assert torch.equal(logits, expected[name]), name

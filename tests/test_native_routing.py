@@ -585,7 +585,7 @@ def test_compiled_layers(forget_compiled_code: None) -> None:
 def test_distributed(tmp_path: Path) -> None:
     """DDP, FSDP2, expert parallelism and tensor parallelism on two ranks: the counts are those of one process."""
     for world, name in ((1, "one"), (2, "two")):
-        launch(world, "native_routing_worker.py", tmp_path / f"{name}.json", timeout=300)
+        launch(world, "native_routing_worker.py", tmp_path / f"{name}.json")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert two.keys() == one.keys()
     for name, found in two.items():

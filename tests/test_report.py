@@ -526,7 +526,8 @@ def test_help_needs_no_torch() -> None:
     code = (
         "import sys; from hf_moe.__main__ import main\ntry: main(['report', '--help'])\nfinally: print('torch' in sys.modules)"
     )
-    ran = subprocess.run([sys.executable, "-c", f"import sys; sys.argv = ['hf-moe']; {code}"], capture_output=True, text=True)
+    command = [sys.executable, "-c", f"import sys; sys.argv = ['hf-moe']; {code}"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ran.stdout.endswith("False\n"), ran.stdout + ran.stderr
     assert "--part_field" in ran.stdout
 

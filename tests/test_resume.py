@@ -21,6 +21,7 @@ from families import text_config
 from hf_moe.training import ExpertLoadCallback, LossFreeBalancingCallback, MoETrainer, MoETrainingArguments, read_expert_load
 from hf_moe.training.checkpoints import last_whole_checkpoint
 from native_models import NATIVE
+from ranks import end_after
 from safetensors.torch import load_file, save_file
 from torch import nn
 from trainer_cut import collate, sequences
@@ -29,6 +30,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Trainer, TrainerC
 from hf_moe import MoEConfig, MoEForCausalLM
 
 STEPS = 8
+CHILD_S = 240
 _OF_TIME = ("_runtime", "_per_second", "tflops_per_device", "moe/mfu", "preparation_time")
 
 # what the runs have besides 8 steps on 16 sequences in batches of 4
@@ -134,9 +136,15 @@ def run(name: str, folder: Path, cls: type[Trainer], *, kill_at: int | None = No
     (folder / "flos.json").write_text(json.dumps(trainer.state.total_flos))
 
 
+def limited(work: Callable, *arguments: Any, **options: Any) -> None:
+    """Work of a forked process, which ends even where the fork left it a lock that nobody opens."""
+    end_after(CHILD_S)
+    work(*arguments, **options)
+
+
 def fork(*arguments: Any, seconds: float | None = None, **options: Any) -> int:
     """Do that in a process of its own, killed after so many seconds; gives its exit code."""
-    process = multiprocessing.get_context("fork").Process(target=run, args=arguments, kwargs=options)
+    process = multiprocessing.get_context("fork").Process(target=limited, args=(run, *arguments), kwargs=options)
     process.start()
     process.join(seconds)
     if process.is_alive():
@@ -306,7 +314,7 @@ def test_resumed_for_longer(whole: Callable, tmp_path: Path) -> None:
     for target, parts in ((folder, (4, STEPS)), (tmp_path / "whole", (STEPS,))):
         target.mkdir()
         for steps in parts:
-            process = multiprocessing.get_context("fork").Process(target=half, args=(target, steps))
+            process = multiprocessing.get_context("fork").Process(target=limited, args=(half, target, steps))
             process.start()
             process.join()
             assert process.exitcode == 0

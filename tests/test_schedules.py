@@ -477,7 +477,7 @@ def worker(folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    launch(2, __file__, folder, timeout=300)
+    launch(2, __file__, folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

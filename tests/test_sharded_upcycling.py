@@ -81,9 +81,7 @@ def upcycled(sources: dict[str, Any], world: int, names: list[str]) -> dict[str,
         path = recipe.pop("source", None)
         jobs.append({"name": name, "ep": ep, "dense": dense, "dtype": dtype, "path": path, "recipe": recipe,
                      "memory": name == "memory", "save": name in SAVED})  # fmt: skip
-    # what is freed goes back to the system at once: what is measured is what is held
-    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    launch(world, "sharded_upcycling_worker.py", folder, json.dumps(jobs), timeout=300, **at_once)
+    launch(world, "sharded_upcycling_worker.py", folder, json.dumps(jobs))
     return {name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(world)] for name in names}
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import torch
 from families import FAMILIES, text_config
 from hf_moe.conversion import ConversionError, upcycle
+from ranks import finished
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sources import (
@@ -530,9 +530,9 @@ print(status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 def peak_of(*command: str) -> int:
     """KiB."""
-    done = subprocess.run([sys.executable, "-c", _PEAK, *command], capture_output=True, text=True, check=True)
-    status, peak = done.stdout.split()
-    assert status == "0", done.stderr
+    _, output = finished([sys.executable, "-c", _PEAK, *command], timeout=300)
+    status, peak = output.split()[-2:]
+    assert status == "0", output
     return int(peak)
 
 

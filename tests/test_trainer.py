@@ -453,7 +453,7 @@ def worker(folder: str) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    launch(2, __file__, tmp_path, timeout=300)
+    launch(2, __file__, tmp_path)
     expected = token_weighted_loss(tiny())
     alone = moe_trainer(tiny(), tmp_path, router_learning_rate=1e-3)
     alone.train()

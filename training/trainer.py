@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
 
 from hf_moe.expert_parallel import ExpertParallelConfig, load_expert_parallel
+from hf_moe.tensor_pieces import reshard
 
 from .callbacks import ExpertLoadCallback, LossFreeBalancingCallback
 from .checkpoints import STATE, last_whole_checkpoint, reading_names_on_disk, what_is_missing
@@ -245,9 +245,7 @@ def forget_evaluation(model: Any, wrapped: Any) -> None:
     Accelerate 1.15 marks a model that it prepares for evaluation, and then takes it for one that is prepared for training, so
     that it is not wrapped in DDP. FSDP2 leaves the root's parameters gathered, so that the optimizer would get these.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(model)
     if model is wrapped and vars(model).pop("_is_accelerate_prepared", False):
         forward = vars(model).pop("_original_forward", None)  # without autocast
         if getattr(forward, "__func__", None) is type(model).forward:

@@ -1,0 +1,104 @@
+# Copyright 2026 the hf_moe authors. Licensed under the Apache License, Version 2.0.
+"""The matrix products of experts on a CPU.
+
+Letters as in `expert_groups`, and D hidden size, F expert width, H = 2F (gated) or F.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .expert_activation import Activation
+
+RUN_ROWS = 2048  # of groups that take each step together: weights are read in their order, rows stay near
+_CACHED_VALUES = 1 << 16  # of rows in pointwise work: five such buffers of bf16 fill a third of 2 MB
+
+
+class ExpertWeights(NamedTuple):
+    """Weights so that `rows @ up[e]` and `rows @ down[e]` are the two products: `[E, D, H]`, `[E, F, D]`; biases or `None`."""
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    @classmethod
+    def of(cls, experts: Any) -> ExpertWeights:
+        """Views of the parameters of a module of the contract of Transformers' experts."""
+        name = "gate_up_proj" if experts.has_gate else "up_proj"
+        up, down = getattr(experts, name), experts.down_proj
+        if not experts.is_transposed:
+            up, down = up.transpose(1, 2), down.transpose(1, 2)
+        return cls(
+            up, down, *((getattr(experts, f"{name}_bias"), experts.down_proj_bias) if experts.has_bias else (None, None))
+        )
+
+
+class ExpertLayer(NamedTuple):
+    """What forward and backward share: weights, activation, and the precision of the products."""
+
+    weights: ExpertWeights
+    activation: Activation
+    dtype: torch.dtype
+
+    @property
+    def num_experts(self) -> int:
+        return self.weights.up.shape[0]
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """D, H, F."""
+        return self.weights.up.shape[1], self.weights.up.shape[2], self.weights.down.shape[1]
+
+    @property
+    def compiles_shapes(self) -> bool:
+        """Whether each shape of a product costs a compilation: oneDNN's (bf16, fp16) do, MKL's (fp32, fp64) do not."""
+        return self.dtype in (torch.bfloat16, torch.float16)
+
+    def up(self, experts: list[int]) -> Iterable[Tensor]:
+        """`[D, H]` of each of the experts."""
+        return (weight.to(self.dtype) for weight in pick(self.weights.up, experts))
+
+    def down(self, experts: list[int]) -> Iterable[Tensor]:
+        """`[F, D]` of each of the experts."""
+        return (weight.to(self.dtype) for weight in pick(self.weights.down, experts))
+
+
+def pick(stack: Tensor, indices: list[int]) -> list[Tensor]:
+    """`[stack[i] for i in indices]`, for many at the cost of one call."""
+    if 4 * len(indices) < len(stack):
+        return [stack[i] for i in indices]
+    parts = stack.unbind()
+    return [parts[i] for i in indices]
+
+
+def multiply(left: Iterable[Tensor], right: Iterable[Tensor], out: Iterable[Tensor]) -> None:
+    """`out[i] = left[i] @ right[i]`, rounded to what `out` holds."""
+    for a, b, into in zip(left, right, out, strict=True):
+        if into.dtype == a.dtype:
+            torch.mm(a, b, out=into)
+        else:
+            into.copy_(a @ b)
+
+
+def cached_parts(*blocks: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Blocks of the same rows in parts that stay in the cache of a core."""
+    step = max(16, _CACHED_VALUES // blocks[0].shape[1])
+    return zip(*(block.split(step) for block in blocks), strict=True)
+
+
+def sum_rows(rows_PD: Tensor, row_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    """Each token's (weighted) sum of its rows, added up in fp32, without a copy of them.
+
+    Args:
+        rows_PD: `[P + 1, D]`; the last row is for empty slots, and becomes zero.
+        row_TK: `[T, K]` which rows.
+        weights_TK: `[T, K]`.
+    """
+    rows_PD[-1] = 0
+    return F.embedding_bag(row_TK, rows_PD, mode="sum", per_sample_weights=weights_TK)

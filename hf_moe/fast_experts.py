@@ -1,0 +1,162 @@
+# Copyright 2026 the hf_moe authors. Licensed under the Apache License, Version 2.0.
+"""`experts_implementation="hf_moe"`: experts on a CPU at the speed of its matrix products; elsewhere the best there is.
+
+What it does otherwise than Transformers' `grouped_mm`:
+
+- Groups of rows are padded to few sizes (bf16), since oneDNN compiles a kernel for every new shape.
+- One autograd function for the layer. For backward it keeps the input and what the first product gave; the gathered rows
+  and the activation are made again, and nothing is kept of the experts' outputs.
+- Pointwise work is done in blocks of rows that stay in the cache.
+- The weighted sum over a token's experts reads the rows where they are, without copies of `[T·K, D]`.
+- A single token is multiplied with its experts' weights as they lie, without sorting or copying.
+
+Letters as in `expert_products`.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from .expert_activation import Activation
+from .expert_backward import backward
+from .expert_groups import Groups, Run, group_rows
+from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, multiply, sum_rows
+from .huge_pages import empty
+
+NAME = "hf_moe"
+GPU_NAME = "hf_moe_triton"  # registered in auto.py where Triton is installed
+_NOTHING = nullcontext()
+_CACHED_ROWS = 1024  # of a group, where no backward follows
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """`Σ_k top_k_weights[t, k] · expert[top_k_index[t, k]](hidden_states[t])`; the contract of Transformers' experts.
+
+    Args:
+        self: the experts.
+        hidden_states: `[T, D]`.
+        top_k_index: `[T, K]`; E and above marks an empty slot.
+        top_k_weights: `[T, K]`.
+
+    Raises:
+        RuntimeError: in backward, if a second derivative is asked for.
+    """
+    if not takes(self, hidden_states):
+        on_gpu = hidden_states.device.type == "cuda" and GPU_NAME in ALL_EXPERTS_FUNCTIONS
+        forward = ALL_EXPERTS_FUNCTIONS[GPU_NAME] if on_gpu else grouped_mm_experts_forward
+        return forward(self, hidden_states, top_k_index, top_k_weights)
+    weights, autocast = ExpertWeights.of(self), torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else weights.up.dtype
+    layer = ExpertLayer(weights, Activation(self), dtype)
+    with torch.autocast("cpu", enabled=False) if autocast else _NOTHING:
+        if torch.is_grad_enabled() and _any_needs_grad(hidden_states, top_k_weights, *weights):
+            return _Experts.apply(layer.activation, dtype, hidden_states, top_k_index, top_k_weights, *weights)
+        if len(hidden_states) == 1 and hidden_states.dtype == weights.up.dtype == dtype:
+            return _one_token(layer, hidden_states, top_k_index, top_k_weights)
+        return _forward(layer, hidden_states, top_k_index, top_k_weights, keep=False)[0]
+
+
+def takes(experts: Any, hidden_states: Tensor) -> bool:
+    """Whether this is for the path below: values in the CPU's memory, and experts that are two products."""
+    return (
+        hidden_states.device.type == "cpu"
+        and type(hidden_states) is Tensor
+        and type(experts.down_proj) in (Tensor, nn.Parameter)  # a `DTensor` has its own products
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not experts.has_post_expert_norm
+        and not _has_parameters(experts.act_fn)
+    )
+
+
+def _has_parameters(function: Any) -> bool:
+    return isinstance(function, nn.Module) and next(function.parameters(), None) is not None
+
+
+def _any_needs_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _one_token(layer: ExpertLayer, x_1D: Tensor, ids_1K: Tensor, weights_1K: Tensor) -> Tensor:
+    """A vector goes through the weights of its experts as they lie: nothing to sort or to copy."""
+    hidden_size, width_up, width = layer.widths
+    chosen = [(slot, expert) for slot, expert in enumerate(ids_1K[0].tolist()) if expert < layer.num_experts]
+    if len(chosen) < ids_1K.shape[1]:
+        weights_1K = weights_1K[:, [slot for slot, _ in chosen]]
+    hidden, activated, outputs = (x_1D.new_empty(len(chosen), size) for size in (width_up, width, hidden_size))
+    x_D, (up, down, up_bias, down_bias) = x_1D[0], layer.weights
+    for row, (_, expert) in enumerate(chosen):
+        torch.mv(up[expert].t(), x_D, out=hidden[row])
+        if up_bias is not None:
+            hidden[row] += up_bias[expert]
+    layer.activation.forward(hidden, activated)
+    for row, (_, expert) in enumerate(chosen):
+        torch.mv(down[expert].t(), activated[row], out=outputs[row])
+        if down_bias is not None:
+            outputs[row] += down_bias[expert]
+    return torch.mm(weights_1K.to(x_1D.dtype), outputs)
+
+
+def _forward(layer: ExpertLayer, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, keep: bool) -> tuple[Tensor, Groups, Tensor]:
+    """The output, and for backward (`keep`) the rows and, `[P, H]`, what the first product gave."""
+    plan = group_rows(ids_TK, layer.num_experts, layer.compiles_shapes, None if keep else _CACHED_ROWS)
+    x, tokens_P, runs = x_TD.to(layer.dtype), plan.tokens(), list(plan.runs(RUN_ROWS))
+    hidden_size, width_up, width = layer.widths
+    most = max(map(len, runs), default=0)
+    inputs_buffer, activated_buffer = empty(x, most, hidden_size), empty(x, most, width)
+    hidden_buffer = empty(x, len(plan) if keep else most, width_up)
+    output_PD = empty(x, len(plan) + 1, hidden_size)
+    for run in runs:
+        inputs, activated, outputs = inputs_buffer[: len(run)], activated_buffer[: len(run)], output_PD[run.start : run.end]
+        hidden = hidden_buffer[run.start : run.end] if keep else hidden_buffer[: len(run)]
+        torch.index_select(x, 0, tokens_P[run.start : run.end], out=inputs)
+        multiply(inputs.split(run.sizes), layer.up(run.experts), hidden.split(run.sizes))
+        _add_bias(hidden, layer.weights.up_bias, run)
+        for given, into in cached_parts(hidden, activated):
+            layer.activation.forward(given, into)
+        multiply(activated.split(run.sizes), layer.down(run.experts), outputs.split(run.sizes))
+        _add_bias(outputs, layer.weights.down_bias, run)
+    return sum_rows(output_PD, plan.row_TK, weights_TK.to(layer.dtype)).to(x_TD.dtype), plan, hidden_buffer
+
+
+def _add_bias(rows: Tensor, bias: Tensor | None, run: Run) -> None:
+    if bias is not None:
+        for part, expert in zip(rows.split(run.sizes), run.experts, strict=True):
+            part += bias[expert]
+
+
+class _Experts(torch.autograd.Function):
+    """The layer with its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, activation: Activation, dtype: torch.dtype, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *weights: Any
+    ) -> Tensor:
+        layer = ExpertLayer(ExpertWeights(*weights), activation, dtype)
+        output, plan, hidden = _forward(layer, x_TD, ids_TK, weights_TK, keep=True)
+        ctx.activation, ctx.dtype, ctx.experts, ctx.sizes = activation, dtype, plan.experts, plan.sizes
+        ctx.save_for_backward(x_TD, weights_TK, hidden, plan.slot_P, plan.row_TK, *weights)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"experts_implementation={NAME!r} has no second derivative (create_graph=True): "
+                "take experts_implementation='eager' for it."
+            )
+        x_TD, weights_TK, hidden, slot_P, row_TK, *weights = ctx.saved_tensors
+        layer = ExpertLayer(ExpertWeights(*weights), ctx.activation, ctx.dtype)
+        plan = Groups(ctx.experts, ctx.sizes, slot_P, row_TK)
+        _, _, need_x, _, *need = ctx.needs_input_grad
+        with torch.autocast("cpu", enabled=False):
+            found = backward(layer, plan, x_TD, weights_TK, hidden, grads[0], (need_x, *need))
+        return None, None, found.x_TD, None, found.weights_TK, *found.parameters
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

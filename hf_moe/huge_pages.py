@@ -1,0 +1,38 @@
+# Copyright 2026 the hf_moe authors. Licensed under the Apache License, Version 2.0.
+"""Large buffers that the operating system hands out in huge pages.
+
+Memory that a process has not used before is made page by page when it is first written to. The gradients of many experts are
+hundreds of megabytes that training frees and takes anew at every step, and 4 KB at a time that took longer than to compute
+them. Where transparent huge pages are for those who ask (`madvise`, the default of most Linux systems), these buffers ask.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections.abc import Callable
+
+from torch import Tensor
+
+_LARGE = 4 << 20  # bytes
+_PAGE = 4096
+_MADV_HUGEPAGE = 14  # include/uapi/asm-generic/mman-common.h
+
+
+def empty(like: Tensor, *shape: int) -> Tensor:
+    """`like.new_empty(shape)`, on a CPU in huge pages where they are to be had."""
+    tensor = like.new_empty(shape)
+    if tensor.nbytes >= _LARGE and tensor.device.type == "cpu" and (advise := _madvise()):
+        start = -(-tensor.data_ptr() // _PAGE) * _PAGE
+        advise(start, tensor.data_ptr() + tensor.nbytes - start, _MADV_HUGEPAGE)  # no harm if it is refused
+    return tensor
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
