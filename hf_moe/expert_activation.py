@@ -31,7 +31,7 @@ def _relu_backward(grad: Tensor, x: Tensor, *, grad_input: Tensor) -> Tensor:
 
 
 _SILU = Kernels(aten.silu.out, aten.silu_backward.grad_input)
-_KERNELS: dict[type[nn.Module], Kernels] = {
+KERNELS: dict[type[nn.Module], Kernels] = {
     nn.SiLU: _SILU,
     activations.SiLUActivation: _SILU,
     nn.ReLU: Kernels(aten.relu.out, _relu_backward),
@@ -51,7 +51,7 @@ class Activation:
         self.gated: bool = experts.has_gate
         self._any = experts._apply_gate if self.gated else experts.act_fn
         usual_gate = not self.gated or getattr(experts._apply_gate, "__name__", "") == "_default_apply_gate"
-        self._kernels = _KERNELS.get(type(experts.act_fn)) if usual_gate and experts.is_concatenated else None
+        self._kernels = KERNELS.get(type(experts.act_fn)) if usual_gate and experts.is_concatenated else None
 
     def forward(self, hidden: Tensor, out: Tensor) -> Tensor:
         """`act(gate) * up`, or `act(up)`.

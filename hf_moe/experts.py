@@ -117,11 +117,11 @@ class Experts(_StackedExperts):
 
     def _needs_loop(self, hidden_states: Tensor) -> bool:
         """Torch's grouped GEMM takes no fp64, and only rows of a multiple of 16 bytes; the plain loop takes any."""
-        name = self.config._experts_implementation
-        if name != "grouped_mm" and (name != NAME or takes(self, hidden_states)):
-            return False
         # 8 of the smallest precision, bf16
-        return bool(hidden_states.dtype == torch.float64 or self.hidden_dim % 8 or self.intermediate_dim % 8)
+        if not (hidden_states.dtype == torch.float64 or self.hidden_dim % 8 or self.intermediate_dim % 8):
+            return False
+        name = self.config._experts_implementation
+        return name == "grouped_mm" or (name == NAME and not takes(self, hidden_states))
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Weights from N(0, std²), biases 0."""

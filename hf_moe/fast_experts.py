@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from .expert_activation import Activation
+from .expert_activation import KERNELS, Activation
 from .expert_backward import backward
 from .expert_groups import Groups, Run, group_rows
 from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, multiply, sum_rows
@@ -70,7 +70,7 @@ def takes(experts: Any, hidden_states: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not experts.has_post_expert_norm
-        and not _has_parameters(experts.act_fn)
+        and (type(experts.act_fn) in KERNELS or not _has_parameters(experts.act_fn))
     )
 
 

@@ -31,7 +31,7 @@ def demo_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_python_runs(demo_files: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert {"my-moe", "my-run", "my-tuned-moe"} <= set(os.listdir(demo_files))
