@@ -74,6 +74,7 @@ def pieces_of(flat: Tensor) -> dict[str, Tensor]:
     experts = (flat.shape[-1] - 5) // 3
     counts, _, importance, _, probs, numbers = flat.split([experts, 1, experts, 1, experts, 3], dim=-1)
     tokens, z, entropy = numbers.unbind(dim=-1)
+    tokens, counts, entropy = tokens.detach(), counts.detach(), entropy.detach()
     return {"tokens": tokens, "counts": counts, "executed": counts, "importance": importance, "probs": probs, "z": z,
             "entropy": entropy}  # fmt: skip
 

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from hf_moe.expert_load import LOAD_FILE, ExpertLoad, read_expert_load
 
@@ -153,10 +153,16 @@ def _number(name: str) -> int:
 class _Inert:
     """Stands for any class that a pickle names: takes all arguments and does nothing."""
 
-    args: tuple[Any, ...] = ()
+    args: tuple[Any, ...]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """A pickle calls this alone, or the class; either has the value of an enum's member."""
+        made = super().__new__(cls)
+        made.args = args
+        return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args = args
+        pass
 
 
 class _InertUnpickler(pickle.Unpickler):

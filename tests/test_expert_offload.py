@@ -471,7 +471,8 @@ def save_llama(folder: Path, layers: int, experts: int) -> None:
 def test_peak_memory(tmp_path: Path) -> None:
     """At most the other weights, the cache and 10 %: while loading, in prefill and in decoding; in fp32, and cast to bf16.
 
-    554 MB of experts and 79 MB of other weights in one file.
+    554 MB of experts and 79 MB of other weights in one file. In bf16, oneDNN lays out the LM head anew while it
+    multiplies with it, in any model; that copy is beside the bound.
     """
     save_llama(tmp_path / "large", layers=8, experts=16)
     save_llama(tmp_path / "small", layers=1, experts=2)
@@ -481,8 +482,9 @@ def test_peak_memory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = [list(map(int, line.split())) for line in done.stdout.splitlines()]
     assert len(lines) == 2
-    for peak, beside, cache, read in lines:
+    copies_of_head = (0, 11_000 * 512 * 2)
+    for (peak, beside, cache, read), head in zip(lines, copies_of_head, strict=True):
         assert 0.9 * size < cache <= size
         assert read > 1.5 * size  # more than what fits
-        assert beside < peak <= 1.1 * (beside + cache), lines
+        assert beside < peak <= 1.1 * (beside + cache) + head, lines
     assert (tmp_path / "large" / "model.safetensors").stat().st_size > 1.8 * lines[0][0]

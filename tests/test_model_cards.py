@@ -399,7 +399,11 @@ def test_arguments_are_read_without_running_code(finished: Trainer, tmp_path: Pa
     read = read_arguments(tmp_path / "saved" / "training_args.bin")
     expected = finished.args.to_dict()
     for name in ("learning_rate", "lr_scheduler_type", "optim", "seed", "per_device_train_batch_size", "bf16", "warmup_steps"):
-        assert read[name] == expected[name], name
+        assert read.get(name) == expected[name], (
+            name,
+            type(getattr(finished.args, name)),
+            pickle.dumps(getattr(finished.args, name)),
+        )
 
     class Evil:
         def __reduce__(self) -> Any:
