@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from hf_moe.expert_load import LOAD_FILE, ExpertLoad, read_expert_load
 
@@ -153,16 +153,10 @@ def _number(name: str) -> int:
 class _Inert:
     """Stands for any class that a pickle names: takes all arguments and does nothing."""
 
-    args: tuple[Any, ...]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """A pickle calls this alone, or the class; either has the value of an enum's member."""
-        made = super().__new__(cls)
-        made.args = args
-        return made
+    args: tuple[Any, ...] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        self.args = args
 
 
 class _InertUnpickler(pickle.Unpickler):
@@ -190,7 +184,12 @@ def read_arguments(path: Path) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """A value of JSON, or the value of an enum's member; `None` for what is neither."""
     if isinstance(value, _Inert):
-        return value.args[0] if len(value.args) == 1 and isinstance(value.args[0], str) else None
+        match value.args:
+            case (str(plain),):
+                return plain
+            case (type(), str(name)):  # `getattr(enum, name)`, of Python before 3.11.4; Transformers' values are such names
+                return name.lower()
+        return None
     return value if isinstance(value, (str, int, float, bool, list, dict)) else None
 
 
