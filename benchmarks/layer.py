@@ -107,18 +107,30 @@ def measure(args: argparse.Namespace, dtype: str, experts: int, top_k: int, toke
     }  # fmt: skip
 
 
+def add_grid_options(parser: argparse.ArgumentParser, grid: dict[str, list], seconds: float) -> None:
+    """What every benchmark over a grid takes; also `benchmarks/router.py`."""
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=seconds, help="least time per cell; the shorter, the noisier")
+    for axis, values in grid.items():
+        option = f"--{axis.replace('_', '-')}"
+        parser.add_argument(option, nargs="+", type=type(values[0]), default=values, help=f"default: {values}")
+    parser.add_argument("--json", help="write the rows here")
+
+
+def write_rows(rows: list[dict], path: str | None) -> None:
+    """As JSON, if there is a path."""
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=1)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--width", type=int, default=1792)
     parser.add_argument("--experts-implementation", default="grouped_mm")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=5.0, help="least time per cell; the shorter, the noisier")
-    for axis, values in GRID.items():
-        option = f"--{axis.replace('_', '-')}"
-        parser.add_argument(option, nargs="+", type=type(values[0]), default=values, help=f"default: {values}")
-    parser.add_argument("--json", help="write the rows here")
+    add_grid_options(parser, GRID, seconds=5.0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cells = list(itertools.product(*(getattr(args, axis) for axis in GRID), [False, True]))
@@ -133,9 +145,7 @@ def main() -> int:
         )
     worst = max(rows, key=lambda row: row["ratio"])
     print(f"largest ratio {worst['ratio']:.3f} (bar {BAR}); median {statistics.median(r['ratio'] for r in rows):.3f}")
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+    write_rows(rows, args.json)
     return int(worst["ratio"] > BAR)
 
 

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from layer import interleaved
+from layer import add_grid_options, interleaved, write_rows
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -140,14 +139,8 @@ def describe(row: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=1.0, help="least time per cell; the shorter, the noisier")
+    add_grid_options(parser, GRID, seconds=1.0)
     parser.add_argument("--only", choices=["forward", "train"], help="default: both")
-    for axis, values in GRID.items():
-        option = f"--{axis.replace('_', '-')}"
-        parser.add_argument(option, nargs="+", type=type(values[0]), default=values, help=f"default: {values}")
-    parser.add_argument("--json", help="write the rows here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     kinds = [training for training in (False, True) if args.only in (None, "train" if training else "forward")]
@@ -160,9 +153,7 @@ def main() -> int:
     medians = [statistics.median(row[name] for row in rows) for name in ("ratio", "ratio_beside")]
     print(f"largest ratio {worst['ratio']:.3f} (bar {BAR}); median {medians[0]:.3f}, beside the product {medians[1]:.3f}")
     print(f"{sum(row['ratio'] <= BAR for row in rows)} of {len(rows)} cells within the bar")
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+    write_rows(rows, args.json)
     return int(worst["ratio"] > BAR)
 
 

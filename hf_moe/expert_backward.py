@@ -79,10 +79,11 @@ def backward(
         if grad_x_PD is not None:
             up_HD = (up.t() for up in layer.up(run.experts))
             multiply(rows.grad_hidden.split(run.sizes), up_HD, grad_x_PD[here].split(run.sizes))
+    idle = set(range(layer.num_experts)) - set(plan.experts)
     for stack in found:
         if stack is not None:
-            for idle in set(range(layer.num_experts)) - set(plan.experts):
-                stack[idle].zero_()
+            for expert in idle:
+                stack[expert].zero_()
     return Gradients(
         None if grad_x_PD is None else sum_rows(grad_x_PD, plan.row_TK).to(x_TD.dtype),
         grad_weight_P[plan.row_TK].to(weights_TK.dtype) if needs_weights else None,

@@ -15,7 +15,6 @@ Letters as in `expert_products`.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,10 +26,10 @@ from .expert_backward import backward
 from .expert_groups import Groups, Run, group_rows
 from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, multiply, sum_rows
 from .huge_pages import empty
+from .router_math import without_autocast
 
 NAME = "hf_moe"
 GPU_NAME = "hf_moe_triton"  # registered in auto.py where Triton is installed
-_NOTHING = nullcontext()
 _CACHED_ROWS = 1024  # of a group, where no backward follows
 
 
@@ -50,10 +49,10 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         on_gpu = hidden_states.device.type == "cuda" and GPU_NAME in ALL_EXPERTS_FUNCTIONS
         forward = ALL_EXPERTS_FUNCTIONS[GPU_NAME] if on_gpu else grouped_mm_experts_forward
         return forward(self, hidden_states, top_k_index, top_k_weights)
-    weights, autocast = ExpertWeights.of(self), torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if autocast else weights.up.dtype
+    weights = ExpertWeights.of(self)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weights.up.dtype
     layer = ExpertLayer(weights, Activation(self), dtype)
-    with torch.autocast("cpu", enabled=False) if autocast else _NOTHING:
+    with without_autocast("cpu"):
         if torch.is_grad_enabled() and _any_needs_grad(hidden_states, top_k_weights, *weights):
             return _Experts.apply(layer.activation, dtype, hidden_states, top_k_index, top_k_weights, *weights)
         if len(hidden_states) == 1 and hidden_states.dtype == weights.up.dtype == dtype:
@@ -154,7 +153,7 @@ class _Experts(torch.autograd.Function):
         layer = ExpertLayer(ExpertWeights(*weights), ctx.activation, ctx.dtype)
         plan = Groups(ctx.experts, ctx.sizes, slot_P, row_TK)
         _, _, need_x, _, *need = ctx.needs_input_grad
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast("cpu"):
             found = backward(layer, plan, x_TD, weights_TK, hidden, grads[0], (need_x, *need))
         return None, None, found.x_TD, None, found.weights_TK, *found.parameters
 

@@ -27,7 +27,7 @@ CORE = {
     "expert_activation": set(),
     "expert_products": {"expert_activation"},
     "expert_backward": {"expert_groups", "expert_products", "huge_pages"},
-    "fast_experts": {"expert_activation", "expert_backward", "expert_groups", "expert_products", "huge_pages"},
+    "fast_experts": {"expert_activation", "expert_backward", "expert_groups", "expert_products", "huge_pages", "router_math"},
     "experts": {"configuration_moe", "fast_experts"},
     "triton_tuning": set(),
     "triton_functions": {"triton_tuning"},
