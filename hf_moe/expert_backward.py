@@ -10,9 +10,11 @@ from torch import Tensor
 
 from .expert_groups import Groups, Run
 from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, multiply, pick, sum_rows
-from .huge_pages import empty
+from .huge_pages import empty, zeros
 
 _FEW_ROWS = 32  # per group, up to which oneDNN is faster with a transposed copy of the left factor
+
+_REUSED = 32 << 20  # bytes; what the C library hands out again, so that writing zeros to some of it is less than to have it new
 
 
 class Gradients(NamedTuple):
@@ -59,7 +61,12 @@ def backward(
         needed: whether x, the routing weights and each of the parameters need one.
     """
     needs_x, needs_weights, *need_parameters = needed
-    found = ExpertWeights(*map(_room_for, layer.weights, need_parameters))  # type: ignore[arg-type]
+    idle = set(range(layer.num_experts)) - set(plan.experts)
+    rooms = (
+        _room_for(weight, idle) if needed and weight is not None else None
+        for weight, needed in zip(layer.weights, need_parameters, strict=True)
+    )
+    found = ExpertWeights(*rooms)  # type: ignore[arg-type]
     x, grad = x_TD.to(layer.dtype), grad_TD.to(layer.dtype).contiguous()
     weight_P = torch.cat([weights_TK.flatten().to(layer.dtype), x.new_zeros(1)])[plan.slot_P]  # 0 for padding
     tokens_P, runs = plan.tokens(), list(plan.runs(RUN_ROWS))
@@ -77,13 +84,7 @@ def backward(
         grad_weight_P[here] = _through_experts(layer, run, rows)
         _add_parameters(layer, run, rows, found)
         if grad_x_PD is not None:
-            up_HD = (up.t() for up in layer.up(run.experts))
-            multiply(rows.grad_hidden.split(run.sizes), up_HD, grad_x_PD[here].split(run.sizes))
-    idle = set(range(layer.num_experts)) - set(plan.experts)
-    for stack in found:
-        if stack is not None:
-            for expert in idle:
-                stack[expert].zero_()
+            layer.multiply(rows.grad_hidden, layer.weights.up.transpose(1, 2), grad_x_PD[here], run)
     return Gradients(
         None if grad_x_PD is None else sum_rows(grad_x_PD, plan.row_TK).to(x_TD.dtype),
         grad_weight_P[plan.row_TK].to(weights_TK.dtype) if needs_weights else None,
@@ -93,13 +94,12 @@ def backward(
 
 def _through_experts(layer: ExpertLayer, run: Run, rows: _Rows) -> Tensor:
     """Fill what is between the products; returns `[rows]` gradients of the routing weights."""
-    down_DF = (down.t() for down in layer.down(run.experts))
-    multiply(rows.grads.split(run.sizes), down_DF, rows.grad_activated.split(run.sizes))
+    layer.multiply(rows.grads, layer.weights.down.transpose(1, 2), rows.grad_activated, run)
     parts = cached_parts(rows.activated, rows.grad_activated, rows.hidden, rows.weights, rows.grad_hidden)
     grad_weight = torch.cat([layer.activation.backward(*part) for part in parts])
     if layer.weights.down_bias is not None:
         biases = pick(layer.weights.down_bias.to(layer.dtype), run.experts)
-        products = (grads @ bias for grads, bias in zip(rows.grads.split(run.sizes), biases, strict=True))
+        products = (grads @ bias for grads, bias in zip(run.split(rows.grads), biases, strict=True))
         grad_weight += torch.cat(list(products))
     return grad_weight
 
@@ -115,20 +115,24 @@ def _add_parameters(layer: ExpertLayer, run: Run, rows: _Rows, found: ExpertWeig
         left_t = left.t()
         if layer.compiles_shapes and len(run) <= _FEW_ROWS * len(run.sizes):
             left_t = left_t.contiguous()
-        multiply(left_t.split(run.sizes, dim=1), right.split(run.sizes), pick(stack, run.experts))
+        multiply(run.split(left_t, dim=1), run.split(right), pick(stack, run.experts))
     if found.down_bias is not None:
-        weighted = (rows.grads * rows.weights).split(run.sizes)
-        for expert, part in zip(run.experts, weighted, strict=True):
+        weighted = rows.grads * rows.weights
+        for expert, part in zip(run.experts, run.split(weighted), strict=True):
             found.down_bias[expert] = part.sum(0)
     if found.up_bias is not None:
-        for expert, part in zip(run.experts, rows.grad_hidden.split(run.sizes), strict=True):
+        for expert, part in zip(run.experts, run.split(rows.grad_hidden), strict=True):
             found.up_bias[expert] = part.sum(0)
 
 
-def _room_for(weight: Tensor | None, needed: bool) -> Tensor | None:
-    """In the layout of the weight, which may be a transposed view of the parameter."""
-    if weight is None or not needed:
-        return None
-    if weight.dim() == 3 and weight.stride(1) == 1:
-        return empty(weight, *weight.transpose(1, 2).shape).transpose(1, 2)
-    return empty(weight, *weight.shape)
+def _room_for(weight: Tensor, idle: set[int]) -> Tensor:
+    """For the gradient of a stack of experts, in the layout of the parameter of which `weight` is a view; 0 of the idle."""
+    transposed = weight.dim() == 3 and weight.stride(1) == 1
+    like = weight.transpose(1, 2) if transposed else weight
+    if 2 * len(idle) >= len(like) or (idle and like.nbytes > _REUSED):
+        room = zeros(like, *like.shape)
+    else:
+        room = empty(like, *like.shape)
+        for expert in idle:
+            room[expert].zero_()
+    return room.transpose(1, 2) if transposed else room

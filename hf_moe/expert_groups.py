@@ -14,22 +14,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+_FEW_ROWS = 4  # per expert: a call for each product, from Python, would show
+
 
 @dataclass(frozen=True)
 class Run:
-    """The rows `start` to `end`: groups side by side, of `sizes[i]` rows of the expert `experts[i]`."""
+    """The rows `start` to `end`: groups side by side, of `sizes[i]` rows of `experts[i]`; `ends_E` as in `Groups`."""
 
     start: int
     end: int
     experts: list[int]
     sizes: list[int]
+    ends_E: Tensor | None = None
 
     def __len__(self) -> int:
         return self.end - self.start
+
+    def split(self, rows: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        """The groups of what has these rows along `dim`."""
+        return rows.split_with_sizes(self.sizes, dim)  # `Tensor.split` takes twice as long to get there
 
 
 @dataclass(frozen=True)
@@ -41,12 +49,15 @@ class Groups:
         sizes: rows of each group, with padding.
         slot_P: `[P]` the slot of each row; S for padding.
         row_TK: `[T, K]` the row of each slot; P for empty ones.
+        ends_E: `[E]` int32, the row after each expert's last, for products of all groups in one call; `None` where a call for
+            each group is better.
     """
 
     experts: list[int]
     sizes: list[int]
     slot_P: Tensor
     row_TK: Tensor
+    ends_E: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.slot_P)
@@ -58,6 +69,9 @@ class Groups:
 
     def runs(self, most_rows: int) -> Iterator[Run]:
         """Groups side by side that have so many rows together, or the one that has more."""
+        if self.ends_E is not None:
+            yield Run(0, len(self), self.experts, self.sizes, self.ends_E)
+            return
         first = start = rows = 0
         for i, size in enumerate(self.sizes):
             if rows and rows + size > most_rows:
@@ -80,7 +94,9 @@ def padded(count: int) -> int:
     return -(-count // step) * step
 
 
-def group_rows(ids_TK: Tensor, num_experts: int, pad: bool, most_rows: int | None = None) -> Groups:
+def group_rows(
+    ids_TK: Tensor, num_experts: int, pad: bool, most_rows: int | None = None, may_call_once: bool = False
+) -> Groups:
     """Sort the slots of a batch by expert.
 
     Args:
@@ -88,21 +104,24 @@ def group_rows(ids_TK: Tensor, num_experts: int, pad: bool, most_rows: int | Non
         num_experts: E.
         pad: to few sizes (see `padded`), or not.
         most_rows: of a group; an expert with more has several.
+        may_call_once: whether groups of few rows may have `Groups.ends_E`.
     """
-    ids_S = ids_TK.reshape(-1)
-    sorted_S, slot_S = ids_S.clamp(max=num_experts).sort(stable=True)
+    sorted_S, slot_S = ids_TK.reshape(-1).sort(stable=True)
+    ends_E = torch.searchsorted(sorted_S, torch.arange(num_experts), right=True, out_int32=True)
     experts, counts = [], []
-    for expert, left in enumerate(torch.bincount(sorted_S, minlength=num_experts + 1)[:num_experts].tolist()):
-        while left:
+    for expert, (start, end) in enumerate(pairwise([0, *ends_E.tolist()])):
+        while start < end:
             experts.append(expert)
-            counts.append(left if most_rows is None else min(left, most_rows))
-            left -= counts[-1]
+            counts.append(end - start if most_rows is None else min(end - start, most_rows))
+            start += counts[-1]
     sizes = [padded(count) for count in counts] if pad else counts
-    rows, slot_S = sum(sizes), slot_S[: sum(counts)]  # empty slots are last
-    slot_P, row_S = slot_S, torch.arange(len(slot_S))
-    if rows > len(slot_S):
+    slots, rows, filled = len(slot_S), sum(sizes), sum(counts)
+    slot_S = slot_S[:filled]  # empty slots are last
+    slot_P, row_S = slot_S, torch.arange(filled)
+    if rows > filled:
         padding = torch.tensor([0, *(size - count for size, count in zip(sizes, counts, strict=True))])
         row_S += padding.cumsum(0)[:-1].repeat_interleave(torch.tensor(counts))
-        slot_P = torch.full((rows,), ids_S.numel()).scatter_(0, row_S, slot_S)
-    row_of_slot_S = torch.full((ids_S.numel(),), rows).scatter_(0, slot_S, row_S)
-    return Groups(experts, sizes, slot_P, row_of_slot_S.view(ids_TK.shape))
+        slot_P = torch.full((rows,), slots).scatter_(0, row_S, slot_S)
+    row_TK = torch.full((slots,), rows).scatter_(0, slot_S, row_S).view(ids_TK.shape)
+    few = may_call_once and 0 < rows == filled <= _FEW_ROWS * num_experts
+    return Groups(experts, sizes, slot_P, row_TK, ends_E if few else None)

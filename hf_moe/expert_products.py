@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .expert_activation import Activation
+from .expert_groups import Run
 
 RUN_ROWS = 2048  # of groups that take each step together: weights are read in their order, rows stay near
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CACHED_VALUES = 1 << 16  # of rows in pointwise work: five such buffers of bf16 fill a third of 2 MB
 
 
@@ -60,18 +62,33 @@ class ExpertLayer(NamedTuple):
         """Whether each shape of a product costs a compilation: oneDNN's (bf16, fp16) do, MKL's (fp32, fp64) do not."""
         return self.dtype in (torch.bfloat16, torch.float16)
 
-    def up(self, experts: list[int]) -> Iterable[Tensor]:
-        """`[D, H]` of each of the experts."""
-        return (weight.to(self.dtype) for weight in pick(self.weights.up, experts))
+    @property
+    def knows_groups(self) -> bool:
+        """Whether torch's grouped product takes these: one precision that it knows, and rows of a multiple of 16 bytes."""
+        up, down, *_ = self.weights
+        aligned = all(size * up.itemsize % 16 == 0 for size in self.widths)
+        return up.dtype == down.dtype == self.dtype and self.dtype in _GROUPED_DTYPES and aligned
 
-    def down(self, experts: list[int]) -> Iterable[Tensor]:
-        """`[F, D]` of each of the experts."""
-        return (weight.to(self.dtype) for weight in pick(self.weights.down, experts))
+    def multiply(self, rows: Tensor, stack: Tensor, out: Tensor, run: Run) -> None:
+        """`out[i] = rows[i] @ stack[e]`, with e the expert of row i.
+
+        Args:
+            rows: `[rows of the run, any]`.
+            stack: `[E, any, other]`.
+            out: `[rows of the run, other]`, in the precision of the products.
+            run: whose groups they are.
+        """
+        if run.ends_E is not None:
+            out.copy_(F.grouped_mm(rows, stack, offs=run.ends_E))
+        else:
+            parts = pick(stack, run.experts)
+            cast = parts if stack.dtype == self.dtype else (part.to(self.dtype) for part in parts)  # one at a time
+            multiply(run.split(rows), cast, run.split(out))
 
 
 def pick(stack: Tensor, indices: list[int]) -> list[Tensor]:
     """`[stack[i] for i in indices]`, for many at the cost of one call."""
-    if 4 * len(indices) < len(stack):
+    if 2 * len(indices) < len(stack):
         return [stack[i] for i in indices]
     parts = stack.unbind()
     return [parts[i] for i in indices]
@@ -88,8 +105,9 @@ def multiply(left: Iterable[Tensor], right: Iterable[Tensor], out: Iterable[Tens
 
 def cached_parts(*blocks: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Blocks of the same rows in parts that stay in the cache of a core."""
-    step = max(16, _CACHED_VALUES // blocks[0].shape[1])
-    return zip(*(block.split(step) for block in blocks), strict=True)
+    rows, width = blocks[0].shape
+    step = max(16, _CACHED_VALUES // width)
+    return [blocks] if rows <= step else zip(*(block.split(step) for block in blocks), strict=True)
 
 
 def sum_rows(rows_PD: Tensor, row_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from .expert_activation import KERNELS, Activation
 from .expert_backward import backward
 from .expert_groups import Groups, Run, group_rows
-from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, multiply, sum_rows
+from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, sum_rows
 from .huge_pages import empty
 from .router_math import without_autocast
 
@@ -103,7 +103,8 @@ def _one_token(layer: ExpertLayer, x_1D: Tensor, ids_1K: Tensor, weights_1K: Ten
 
 def _forward(layer: ExpertLayer, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, keep: bool) -> tuple[Tensor, Groups, Tensor]:
     """The output, and for backward (`keep`) the rows and, `[P, H]`, what the first product gave."""
-    plan = group_rows(ids_TK, layer.num_experts, layer.compiles_shapes, None if keep else _CACHED_ROWS)
+    most_rows = None if keep else _CACHED_ROWS
+    plan = group_rows(ids_TK, layer.num_experts, layer.compiles_shapes, most_rows, layer.knows_groups)
     x, tokens_P, runs = x_TD.to(layer.dtype), plan.tokens(), list(plan.runs(RUN_ROWS))
     hidden_size, width_up, width = layer.widths
     most = max(map(len, runs), default=0)
@@ -114,18 +115,18 @@ def _forward(layer: ExpertLayer, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tenso
         inputs, activated, outputs = inputs_buffer[: len(run)], activated_buffer[: len(run)], output_PD[run.start : run.end]
         hidden = hidden_buffer[run.start : run.end] if keep else hidden_buffer[: len(run)]
         torch.index_select(x, 0, tokens_P[run.start : run.end], out=inputs)
-        multiply(inputs.split(run.sizes), layer.up(run.experts), hidden.split(run.sizes))
+        layer.multiply(inputs, layer.weights.up, hidden, run)
         _add_bias(hidden, layer.weights.up_bias, run)
         for given, into in cached_parts(hidden, activated):
             layer.activation.forward(given, into)
-        multiply(activated.split(run.sizes), layer.down(run.experts), outputs.split(run.sizes))
+        layer.multiply(activated, layer.weights.down, outputs, run)
         _add_bias(outputs, layer.weights.down_bias, run)
     return sum_rows(output_PD, plan.row_TK, weights_TK.to(layer.dtype)).to(x_TD.dtype), plan, hidden_buffer
 
 
 def _add_bias(rows: Tensor, bias: Tensor | None, run: Run) -> None:
     if bias is not None:
-        for part, expert in zip(rows.split(run.sizes), run.experts, strict=True):
+        for part, expert in zip(run.split(rows), run.experts, strict=True):
             part += bias[expert]
 
 
@@ -139,7 +140,7 @@ class _Experts(torch.autograd.Function):
         layer = ExpertLayer(ExpertWeights(*weights), activation, dtype)
         output, plan, hidden = _forward(layer, x_TD, ids_TK, weights_TK, keep=True)
         ctx.activation, ctx.dtype, ctx.experts, ctx.sizes = activation, dtype, plan.experts, plan.sizes
-        ctx.save_for_backward(x_TD, weights_TK, hidden, plan.slot_P, plan.row_TK, *weights)
+        ctx.save_for_backward(x_TD, weights_TK, hidden, plan.slot_P, plan.row_TK, plan.ends_E, *weights)
         return output
 
     @staticmethod
@@ -149,9 +150,9 @@ class _Experts(torch.autograd.Function):
                 f"experts_implementation={NAME!r} has no second derivative (create_graph=True): "
                 "take experts_implementation='eager' for it."
             )
-        x_TD, weights_TK, hidden, slot_P, row_TK, *weights = ctx.saved_tensors
+        x_TD, weights_TK, hidden, slot_P, row_TK, ends_E, *weights = ctx.saved_tensors
         layer = ExpertLayer(ExpertWeights(*weights), ctx.activation, ctx.dtype)
-        plan = Groups(ctx.experts, ctx.sizes, slot_P, row_TK)
+        plan = Groups(ctx.experts, ctx.sizes, slot_P, row_TK, ends_E)
         _, _, need_x, _, *need = ctx.needs_input_grad
         with without_autocast("cpu"):
             found = backward(layer, plan, x_TD, weights_TK, hidden, grads[0], (need_x, *need))
