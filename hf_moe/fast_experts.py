@@ -15,6 +15,7 @@ Letters as in `expert_products`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,13 +25,14 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from .expert_activation import KERNELS, Activation
 from .expert_backward import backward
 from .expert_groups import Groups, Run, group_rows
-from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, sum_rows
+from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, multiply, sum_rows
 from .huge_pages import empty
 from .router_math import without_autocast
 
 NAME = "hf_moe"
 GPU_NAME = "hf_moe_triton"  # registered in auto.py where Triton is installed
-_CACHED_ROWS = 1024  # of a group, where no backward follows
+_CACHED_RUN = 512  # rows, where no backward follows: what is between the products is then soon used again
+_CACHED_GROUP = 2048  # rows, likewise; more would only take more memory
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -103,9 +105,9 @@ def _one_token(layer: ExpertLayer, x_1D: Tensor, ids_1K: Tensor, weights_1K: Ten
 
 def _forward(layer: ExpertLayer, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, keep: bool) -> tuple[Tensor, Groups, Tensor]:
     """The output, and for backward (`keep`) the rows and, `[P, H]`, what the first product gave."""
-    most_rows = None if keep else _CACHED_ROWS
+    most_rows, run_rows = (None, RUN_ROWS) if keep else (_CACHED_GROUP, _CACHED_RUN)
     plan = group_rows(ids_TK, layer.num_experts, layer.compiles_shapes, most_rows, layer.knows_groups)
-    x, tokens_P, runs = x_TD.to(layer.dtype), plan.tokens(), list(plan.runs(RUN_ROWS))
+    x, tokens_P, runs = x_TD.to(layer.dtype), plan.tokens(), list(plan.runs(run_rows))
     hidden_size, width_up, width = layer.widths
     most = max(map(len, runs), default=0)
     inputs_buffer, activated_buffer = empty(x, most, hidden_size), empty(x, most, width)
@@ -115,19 +117,36 @@ def _forward(layer: ExpertLayer, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tenso
         inputs, activated, outputs = inputs_buffer[: len(run)], activated_buffer[: len(run)], output_PD[run.start : run.end]
         hidden = hidden_buffer[run.start : run.end] if keep else hidden_buffer[: len(run)]
         torch.index_select(x, 0, tokens_P[run.start : run.end], out=inputs)
-        layer.multiply(inputs, layer.weights.up, hidden, run)
-        _add_bias(hidden, layer.weights.up_bias, run)
-        for given, into in cached_parts(hidden, activated):
-            layer.activation.forward(given, into)
-        layer.multiply(activated, layer.weights.down, outputs, run)
-        _add_bias(outputs, layer.weights.down_bias, run)
+        through = _row_by_row if keep or run.ends_E is not None else _column_by_column
+        through(layer, run, inputs, hidden, activated, outputs)
+        _add_bias(run.split(outputs), layer.weights.down_bias, run)
     return sum_rows(output_PD, plan.row_TK, weights_TK.to(layer.dtype)).to(x_TD.dtype), plan, hidden_buffer
 
 
-def _add_bias(rows: Tensor, bias: Tensor | None, run: Run) -> None:
+def _row_by_row(layer: ExpertLayer, run: Run, inputs: Tensor, hidden: Tensor, activated: Tensor, outputs: Tensor) -> None:
+    """Fill the last three of a run, all `[rows, …]`."""
+    layer.multiply(inputs, layer.weights.up, hidden, run)
+    _add_bias(run.split(hidden), layer.weights.up_bias, run)
+    for given, into in cached_parts(hidden, activated):
+        layer.activation.forward(given, into)
+    layer.multiply(activated, layer.weights.down, outputs, run)
+
+
+def _column_by_column(layer: ExpertLayer, run: Run, inputs: Tensor, hidden: Tensor, activated: Tensor, outputs: Tensor) -> None:
+    """The same, except that of most groups what is between the products is stored column by column (see `layer.columns`)."""
+    hiddens, activateds = layer.columns(hidden, run), layer.columns(activated, run)
+    multiply(run.split(inputs), layer.matrices(layer.weights.up, run.experts), hiddens)
+    _add_bias(hiddens, layer.weights.up_bias, run)
+    for parts in zip(hiddens, activateds, strict=True):
+        for given, into in cached_parts(*parts):
+            layer.activation.forward(given, into)
+    multiply(activateds, layer.matrices(layer.weights.down, run.experts), run.split(outputs))
+
+
+def _add_bias(groups: Iterable[Tensor], bias: Tensor | None, run: Run) -> None:
     if bias is not None:
-        for part, expert in zip(run.split(rows), run.experts, strict=True):
-            part += bias[expert]
+        for rows, expert in zip(groups, run.experts, strict=True):
+            rows += bias[expert]
 
 
 class _Experts(torch.autograd.Function):
