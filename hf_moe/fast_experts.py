@@ -25,7 +25,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from .expert_activation import KERNELS, Activation
 from .expert_backward import backward
 from .expert_groups import Groups, Run, group_rows
-from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, multiply, sum_rows
+from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, multiply, pick, sum_rows
 from .huge_pages import empty
 from .router_math import without_autocast
 
@@ -86,20 +86,20 @@ def _any_needs_grad(*tensors: Tensor | None) -> bool:
 def _one_token(layer: ExpertLayer, x_1D: Tensor, ids_1K: Tensor, weights_1K: Tensor) -> Tensor:
     """A vector goes through the weights of its experts as they lie: nothing to sort or to copy."""
     hidden_size, width_up, width = layer.widths
-    chosen = [(slot, expert) for slot, expert in enumerate(ids_1K[0].tolist()) if expert < layer.num_experts]
-    if len(chosen) < ids_1K.shape[1]:
-        weights_1K = weights_1K[:, [slot for slot, _ in chosen]]
-    hidden, activated, outputs = (x_1D.new_empty(len(chosen), size) for size in (width_up, width, hidden_size))
-    x_D, (up, down, up_bias, down_bias) = x_1D[0], layer.weights
-    for row, (_, expert) in enumerate(chosen):
-        torch.mv(up[expert].t(), x_D, out=hidden[row])
-        if up_bias is not None:
-            hidden[row] += up_bias[expert]
+    experts = [expert for expert in ids_1K[0].tolist() if expert < layer.num_experts]
+    if len(experts) < ids_1K.shape[1]:
+        weights_1K = weights_1K[ids_1K < layer.num_experts].unsqueeze(0)
+    hidden, activated, outputs = (x_1D.new_empty(len(experts), size) for size in (width_up, width, hidden_size))
+    up, down, up_bias, down_bias = layer.weights
+    for up_HD, row in zip(pick(up.transpose(1, 2), experts), hidden.unbind(), strict=True):
+        torch.mv(up_HD, x_1D[0], out=row)
+    if up_bias is not None:
+        hidden += up_bias[experts]
     layer.activation.forward(hidden, activated)
-    for row, (_, expert) in enumerate(chosen):
-        torch.mv(down[expert].t(), activated[row], out=outputs[row])
-        if down_bias is not None:
-            outputs[row] += down_bias[expert]
+    for down_DF, given, row in zip(pick(down.transpose(1, 2), experts), activated.unbind(), outputs.unbind(), strict=True):
+        torch.mv(down_DF, given, out=row)
+    if down_bias is not None:
+        outputs += down_bias[experts]
     return torch.mm(weights_1K.to(x_1D.dtype), outputs)
 
 
