@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .expert_groups import Groups, Run
-from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, multiply, pick, sum_rows
+from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, multiply, pick, room_for_rows, sum_rows
 from .huge_pages import empty, zeros
 
 _FEW_ROWS = 32  # per group, up to which oneDNN is faster with a transposed copy of the left factor
@@ -73,7 +73,7 @@ def backward(
     hidden_size, width_up, width = layer.widths
     most = max(map(len, runs), default=0)
     buffers = [empty(x, most, size) for size in (hidden_size, hidden_size, width, width, width_up)]
-    grad_x_PD = empty(x, len(plan) + 1, hidden_size) if needs_x else None
+    grad_x_PD = room_for_rows(x, len(plan), hidden_size) if needs_x else None
     grad_weight_P = x.new_zeros(len(plan) + 1)
     for run in runs:
         here = slice(run.start, run.end)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .expert_activation import Activation
 from .expert_groups import Run
+from .huge_pages import empty
 
 RUN_ROWS = 2048  # of groups that take each step together: weights are read in their order, rows stay near
 _SWAPPED = {torch.bfloat16: range(1, 513), torch.float32: range(16, 129)}  # rows of a group; measured
@@ -125,13 +126,19 @@ def cached_parts(*blocks: Tensor) -> Iterable[tuple[Tensor, ...]]:
     return [blocks] if rows <= step or blocks[0].stride(1) != 1 else zip(*(block.split(step) for block in blocks), strict=True)
 
 
+def room_for_rows(like: Tensor, rows: int, width: int) -> Tensor:
+    """`[rows + 1, width]`; the last row, for empty slots, is 0."""
+    room = empty(like, rows + 1, width)
+    room[-1] = 0
+    return room
+
+
 def sum_rows(rows_PD: Tensor, row_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
     """Each token's (weighted) sum of its rows, added up in fp32, without a copy of them.
 
     Args:
-        rows_PD: `[P + 1, D]`; the last row is for empty slots, and becomes zero.
+        rows_PD: `[P + 1, D]` from `room_for_rows`, or `[P, D]` where no slot is empty.
         row_TK: `[T, K]` which rows.
         weights_TK: `[T, K]`.
     """
-    rows_PD[-1] = 0
     return F.embedding_bag(row_TK, rows_PD, mode="sum", per_sample_weights=weights_TK)

@@ -15,17 +15,17 @@ Letters as in `expert_products`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from .expert_activation import KERNELS, Activation
 from .expert_backward import backward
 from .expert_groups import Groups, Run, group_rows
-from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, multiply, pick, sum_rows
+from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, multiply, pick, room_for_rows, sum_rows
 from .huge_pages import empty
 from .router_math import without_autocast
 
@@ -107,26 +107,42 @@ def _forward(layer: ExpertLayer, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tenso
     """The output, and for backward (`keep`) the rows and, `[P, H]`, what the first product gave."""
     most_rows, run_rows = (None, RUN_ROWS) if keep else (_CACHED_GROUP, _CACHED_RUN)
     plan = group_rows(ids_TK, layer.num_experts, layer.compiles_shapes, most_rows, layer.knows_groups)
-    x, tokens_P, runs = x_TD.to(layer.dtype), plan.tokens(), list(plan.runs(run_rows))
+    x, weights_TK = x_TD.to(layer.dtype), weights_TK.to(layer.dtype)
+    if plan.ends_E is not None:
+        output_PD, hidden_PH = _in_one_call(layer, plan, x)
+        return sum_rows(output_PD, plan.row_TK, weights_TK).to(x_TD.dtype), plan, hidden_PH
+    tokens_P, runs = plan.tokens(), list(plan.runs(run_rows))
     hidden_size, width_up, width = layer.widths
     most = max(map(len, runs), default=0)
     inputs_buffer, activated_buffer = empty(x, most, hidden_size), empty(x, most, width)
     hidden_buffer = empty(x, len(plan) if keep else most, width_up)
-    output_PD = empty(x, len(plan) + 1, hidden_size)
+    output_PD = room_for_rows(x, len(plan), hidden_size)
     for run in runs:
         inputs, activated, outputs = inputs_buffer[: len(run)], activated_buffer[: len(run)], output_PD[run.start : run.end]
         hidden = hidden_buffer[run.start : run.end] if keep else hidden_buffer[: len(run)]
         torch.index_select(x, 0, tokens_P[run.start : run.end], out=inputs)
-        through = _row_by_row if keep or run.ends_E is not None else _column_by_column
+        through = _row_by_row if keep else _column_by_column
         through(layer, run, inputs, hidden, activated, outputs)
-        _add_bias(run.split(outputs), layer.weights.down_bias, run)
-    return sum_rows(output_PD, plan.row_TK, weights_TK.to(layer.dtype)).to(x_TD.dtype), plan, hidden_buffer
+        _add_bias(outputs, layer.weights.down_bias, run)
+    return sum_rows(output_PD, plan.row_TK, weights_TK).to(x_TD.dtype), plan, hidden_buffer
+
+
+def _in_one_call(layer: ExpertLayer, plan: Groups, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Experts' outputs `[P, D]` (`[P + 1, D]` where slots are empty), and what the first product gave, `[P, H]`."""
+    up, down, up_bias, down_bias = layer.weights
+    (run,) = plan.runs(len(plan))
+    hidden = F.grouped_mm(x_TD.index_select(0, plan.tokens()), up, offs=plan.ends_E)
+    _add_bias(hidden, up_bias, run)
+    activated = layer.activation.forward(hidden, hidden.new_empty(len(plan), layer.widths[2]))
+    outputs = F.grouped_mm(activated, down, offs=plan.ends_E)
+    _add_bias(outputs, down_bias, run)
+    return (outputs if len(plan) == plan.row_TK.numel() else F.pad(outputs, (0, 0, 0, 1))), hidden
 
 
 def _row_by_row(layer: ExpertLayer, run: Run, inputs: Tensor, hidden: Tensor, activated: Tensor, outputs: Tensor) -> None:
     """Fill the last three of a run, all `[rows, …]`."""
     layer.multiply(inputs, layer.weights.up, hidden, run)
-    _add_bias(run.split(hidden), layer.weights.up_bias, run)
+    _add_bias(hidden, layer.weights.up_bias, run)
     for given, into in cached_parts(hidden, activated):
         layer.activation.forward(given, into)
     layer.multiply(activated, layer.weights.down, outputs, run)
@@ -136,17 +152,19 @@ def _column_by_column(layer: ExpertLayer, run: Run, inputs: Tensor, hidden: Tens
     """The same, except that of most groups what is between the products is stored column by column (see `layer.columns`)."""
     hiddens, activateds = layer.columns(hidden, run), layer.columns(activated, run)
     multiply(run.split(inputs), layer.matrices(layer.weights.up, run.experts), hiddens)
-    _add_bias(hiddens, layer.weights.up_bias, run)
+    if layer.weights.up_bias is not None:
+        for rows, expert in zip(hiddens, run.experts, strict=True):
+            rows += layer.weights.up_bias[expert]
     for parts in zip(hiddens, activateds, strict=True):
         for given, into in cached_parts(*parts):
             layer.activation.forward(given, into)
     multiply(activateds, layer.matrices(layer.weights.down, run.experts), run.split(outputs))
 
 
-def _add_bias(groups: Iterable[Tensor], bias: Tensor | None, run: Run) -> None:
+def _add_bias(rows: Tensor, bias: Tensor | None, run: Run) -> None:
     if bias is not None:
-        for rows, expert in zip(groups, run.experts, strict=True):
-            rows += bias[expert]
+        for group, expert in zip(run.split(rows), run.experts, strict=True):
+            group += bias[expert]
 
 
 class _Experts(torch.autograd.Function):

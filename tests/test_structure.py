@@ -25,7 +25,7 @@ CORE = {
     "huge_pages": set(),
     "expert_groups": set(),
     "expert_activation": set(),
-    "expert_products": {"expert_activation", "expert_groups"},
+    "expert_products": {"expert_activation", "expert_groups", "huge_pages"},
     "expert_backward": {"expert_groups", "expert_products", "huge_pages"},
     "fast_experts": {"expert_activation", "expert_backward", "expert_groups", "expert_products", "huge_pages", "router_math"},
     "experts": {"configuration_moe", "fast_experts"},
