@@ -19,8 +19,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-_FEW_ROWS = 4  # per expert: a call for each product, from Python, would show
-
 
 @dataclass(frozen=True)
 class Run:
@@ -94,9 +92,7 @@ def padded(count: int) -> int:
     return -(-count // step) * step
 
 
-def group_rows(
-    ids_TK: Tensor, num_experts: int, pad: bool, most_rows: int | None = None, may_call_once: bool = False
-) -> Groups:
+def group_rows(ids_TK: Tensor, num_experts: int, pad: bool, most_rows: int | None = None, rows_in_one_call: int = 0) -> Groups:
     """Sort the slots of a batch by expert.
 
     Args:
@@ -104,7 +100,7 @@ def group_rows(
         num_experts: E.
         pad: to few sizes (see `padded`), or not.
         most_rows: of a group; an expert with more has several.
-        may_call_once: whether groups of few rows may have `Groups.ends_E`.
+        rows_in_one_call: per expert, on average, up to which the groups get `ends_E`.
     """
     sorted_S, slot_S = ids_TK.reshape(-1).sort(stable=True)
     ends_E = torch.searchsorted(sorted_S, torch.arange(num_experts), right=True, out_int32=True)
@@ -123,5 +119,5 @@ def group_rows(
         row_S += padding.cumsum(0)[:-1].repeat_interleave(torch.tensor(counts))
         slot_P = torch.full((rows,), slots).scatter_(0, row_S, slot_S)
     row_TK = torch.full((slots,), rows).scatter_(0, slot_S, row_S).view(ids_TK.shape)
-    few = may_call_once and 0 < rows == filled <= _FEW_ROWS * num_experts
+    few = 0 < rows == filled <= rows_in_one_call * num_experts
     return Groups(experts, sizes, slot_P, row_TK, ends_E if few else None)

@@ -106,7 +106,7 @@ def _one_token(layer: ExpertLayer, x_1D: Tensor, ids_1K: Tensor, weights_1K: Ten
 def _forward(layer: ExpertLayer, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, keep: bool) -> tuple[Tensor, Groups, Tensor]:
     """The output, and for backward (`keep`) the rows and, `[P, H]`, what the first product gave."""
     most_rows, run_rows = (None, RUN_ROWS) if keep else (_CACHED_GROUP, _CACHED_RUN)
-    plan = group_rows(ids_TK, layer.num_experts, layer.compiles_shapes, most_rows, layer.knows_groups)
+    plan = group_rows(ids_TK, layer.num_experts, layer.compiles_shapes, most_rows, layer.rows_in_one_call)
     x, weights_TK = x_TD.to(layer.dtype), weights_TK.to(layer.dtype)
     if plan.ends_E is not None:
         output_PD, hidden_PH = _in_one_call(layer, plan, x)

@@ -298,14 +298,14 @@ def test_groups(pad: bool, most_rows: int | None) -> None:
 
 def test_groups_of_few_rows_may_be_one_call() -> None:
     ids = torch.tensor([[3, 1], [1, 4], [3, 1]])  # 4 is empty
-    plan = group_rows(ids, 4, pad=True, may_call_once=True)
+    plan = group_rows(ids, 4, pad=True, rows_in_one_call=4)
     assert plan.ends_E is not None
     assert plan.ends_E.tolist() == [0, 3, 3, 5]
     assert [(run.experts, run.sizes) for run in plan.runs(1)] == [([1, 3], [3, 2])]
     assert group_rows(ids, 4, pad=True).ends_E is None
-    assert group_rows(ids.repeat(9, 1), 4, pad=False, may_call_once=True).ends_E is None  # too many
-    assert group_rows(torch.full((17, 1), 2), 9, pad=True, may_call_once=True).ends_E is None  # padded
-    assert group_rows(torch.full((3, 1), 9), 9, pad=True, may_call_once=True).ends_E is None  # all are empty
+    assert group_rows(ids.repeat(9, 1), 4, pad=False, rows_in_one_call=4).ends_E is None  # too many
+    assert group_rows(torch.full((17, 1), 2), 9, pad=True, rows_in_one_call=4).ends_E is None  # padded
+    assert group_rows(torch.full((3, 1), 9), 9, pad=True, rows_in_one_call=4).ends_E is None  # all are empty
 
 
 def test_sizes_are_few_and_not_much_larger() -> None:
