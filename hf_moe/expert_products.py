@@ -68,10 +68,11 @@ class ExpertLayer(NamedTuple):
     def rows_in_one_call(self) -> int:
         """Per expert, on average, up to which torch's product of all groups in one call is faster than a call for each.
 
-        It takes one precision out of three, and rows of a multiple of 16 bytes.
+        It takes one precision out of three, and dense rows or columns of a multiple of 16 bytes.
         """
         up, down, *_ = self.weights
-        aligned = all(size * up.itemsize % 16 == 0 for size in self.widths)
+        steps = [*self.widths, *(step for stack in (up, down) for step in stack.stride() if step != 1)]
+        aligned = all(step * up.itemsize % 16 == 0 for step in steps) and 1 in up.stride()[1:] and 1 in down.stride()[1:]
         return _IN_ONE_CALL.get(self.dtype, 0) if up.dtype == down.dtype == self.dtype and aligned else 0
 
     def multiply(self, rows: Tensor, stack: Tensor, out: Tensor, run: Run) -> None:
@@ -93,16 +94,16 @@ class ExpertLayer(NamedTuple):
         parts = pick(stack, experts)
         return parts if stack.dtype == self.dtype else (part.to(self.dtype) for part in parts)
 
-    def columns(self, room: Tensor, run: Run) -> list[Tensor]:
-        """`room` as one `[rows, any]` per group, which is stored column by column where that is faster.
+    def between(self, room: Tensor, rows: int) -> Tensor:
+        """`[rows, any]` in `room`, for what is between the products: stored column by column where that is faster.
 
-        `rows @ up` is then computed as `upᵀ @ rowsᵀ`, whose left factor is the weight as it is stored. As the right factor it
-        is copied into another order at every call, which took a third of the time at 128 rows (AMX, bf16).
+        `x @ up` is then computed as `upᵀ @ xᵀ`, whose left factor is the weight as it is stored. As the right factor it is
+        copied into another order at every call, which took a third of the time at 128 rows (AMX, bf16).
         """
-        width, flat = room.shape[1], room.view(-1)
-        swapped = _SWAPPED.get(self.dtype, ()) if self.weights.up.stride(1) == 1 else ()
-        parts = zip(flat.split_with_sizes([size * width for size in run.sizes]), run.sizes, strict=True)
-        return [part.view(width, size).t() if size in swapped else part.view(size, width) for part, size in parts]
+        width = room.shape[1]
+        flat = room.view(-1)[: rows * width]
+        swapped = rows in _SWAPPED.get(self.dtype, ()) and self.weights.up.stride(1) == 1
+        return flat.view(width, rows).t() if swapped else flat.view(rows, width)
 
 
 def pick(stack: Tensor, indices: list[int]) -> list[Tensor]:

@@ -25,7 +25,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from .expert_activation import KERNELS, Activation
 from .expert_backward import backward
 from .expert_groups import Groups, Run, group_rows
-from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, multiply, pick, room_for_rows, sum_rows
+from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, pick, room_for_rows, sum_rows
 from .huge_pages import empty
 from .router_math import without_autocast
 
@@ -118,11 +118,12 @@ def _forward(layer: ExpertLayer, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tenso
     hidden_buffer = empty(x, len(plan) if keep else most, width_up)
     output_PD = room_for_rows(x, len(plan), hidden_size)
     for run in runs:
-        inputs, activated, outputs = inputs_buffer[: len(run)], activated_buffer[: len(run)], output_PD[run.start : run.end]
-        hidden = hidden_buffer[run.start : run.end] if keep else hidden_buffer[: len(run)]
+        inputs, outputs = inputs_buffer[: len(run)], output_PD[run.start : run.end]
         torch.index_select(x, 0, tokens_P[run.start : run.end], out=inputs)
-        through = _row_by_row if keep else _column_by_column
-        through(layer, run, inputs, hidden, activated, outputs)
+        if keep:
+            _row_by_row(layer, run, inputs, hidden_buffer[run.start : run.end], activated_buffer[: len(run)], outputs)
+        else:
+            _column_by_column(layer, run, inputs, hidden_buffer, activated_buffer, outputs)
         _add_bias(outputs, layer.weights.down_bias, run)
     return sum_rows(output_PD, plan.row_TK, weights_TK).to(x_TD.dtype), plan, hidden_buffer
 
@@ -149,16 +150,24 @@ def _row_by_row(layer: ExpertLayer, run: Run, inputs: Tensor, hidden: Tensor, ac
 
 
 def _column_by_column(layer: ExpertLayer, run: Run, inputs: Tensor, hidden: Tensor, activated: Tensor, outputs: Tensor) -> None:
-    """The same, except that of most groups what is between the products is stored column by column (see `layer.columns`)."""
-    hiddens, activateds = layer.columns(hidden, run), layer.columns(activated, run)
-    multiply(run.split(inputs), layer.matrices(layer.weights.up, run.experts), hiddens)
-    if layer.weights.up_bias is not None:
-        for rows, expert in zip(hiddens, run.experts, strict=True):
-            rows += layer.weights.up_bias[expert]
-    for parts in zip(hiddens, activateds, strict=True):
-        for given, into in cached_parts(*parts):
-            layer.activation.forward(given, into)
-    multiply(activateds, layer.matrices(layer.weights.down, run.experts), run.split(outputs))
+    """The same group by group; of most, what is between the products is stored column by column (see `layer.between`).
+
+    `hidden` and `activated` are room that every group uses anew.
+    """
+    up, down, up_bias, _ = layer.weights
+    ups, downs = layer.matrices(up, run.experts), layer.matrices(down, run.experts)
+    rooms: dict[int, tuple[Tensor, Tensor]] = {}
+    groups = zip(run.experts, run.sizes, run.split(inputs), ups, downs, run.split(outputs), strict=True)
+    for expert, size, rows, up_DH, down_FD, output in groups:
+        if size not in rooms:
+            rooms[size] = layer.between(hidden, size), layer.between(activated, size)
+        given, into = rooms[size]
+        torch.mm(rows, up_DH, out=given)
+        if up_bias is not None:
+            given += up_bias[expert]
+        for parts in cached_parts(given, into):
+            layer.activation.forward(*parts)
+        torch.mm(into, down_FD, out=output)
 
 
 def _add_bias(rows: Tensor, bias: Tensor | None, run: Run) -> None:

@@ -171,12 +171,14 @@ def test_inputs_that_are_not_contiguous() -> None:
     check(module, x, wide, weights.detach().t().contiguous().t().requires_grad_(), 1e-13)
 
 
-def test_weights_stored_the_other_way_round() -> None:
-    """`is_transposed`: `[E, D, 2F]` and `[E, F, D]`."""
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "width", "dtype"), [(40, 8, 6, torch.float64), (7, 16, 24, torch.float32), (90, 16, 24, torch.float32)]
+)
+def test_weights_stored_the_other_way_round(tokens: int, hidden: int, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
-    module = build(4, 8, 6, ("silu", True, True), torch.float64)
-    x, ids, weights = inputs(40, 2, 4, 8, torch.float64)
-    exact = in_fp64(module, x, ids, weights, torch.ones(40, 8))
+    module, tolerance = build(4, hidden, width, ("silu", True, True), dtype), TOLERANCE[dtype]
+    x, ids, weights = inputs(tokens, 2, 4, hidden, dtype)
+    exact = in_fp64(module, x, ids, weights, torch.ones(tokens, hidden))
     module.is_transposed = True
     for name in ("gate_up_proj", "down_proj"):
         setattr(module, name, nn.Parameter(getattr(module, name).detach().transpose(1, 2).contiguous()))
@@ -185,9 +187,24 @@ def test_weights_stored_the_other_way_round() -> None:
     by_name = dict(zip(("y", "x", "weights", *dict(module.named_parameters())), found, strict=True))
     order = ("y", "x", "weights", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
     turned = [by_name[n].transpose(1, 2) if n.endswith("_proj") else by_name[n] for n in order]
-    assert_near(turned, exact, 1e-13)
+    assert_near(turned, exact, tolerance)
     with torch.no_grad():
-        assert_near([experts_forward(module, x[:1], ids[:1], weights[:1])], [exact[0][:1]], 1e-13)
+        for some in (slice(1), slice(None)):
+            assert_near([experts_forward(module, x[some], ids[some], weights[some])], [exact[0][some]], tolerance)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("tokens", [7, 90])
+def test_weights_that_are_parts_of_larger_ones(tokens: int, step: int) -> None:
+    """Rows of an odd length, or with gaps: torch's grouped product takes neither."""
+    torch.manual_seed(5)
+    module = build(4, 16, 24, ("silu", True, False), torch.float32)
+    x, ids, weights = inputs(tokens, 2, 4, 16, torch.float32)
+    for name, columns in (("gate_up_proj", 16), ("down_proj", 24)):
+        larger = torch.randn(4, getattr(module, name).shape[1], 2 * columns + 1) * 0.3
+        setattr(module, name, nn.Parameter(larger[..., : step * columns : step]))
+    assert not module.gate_up_proj.is_contiguous()
+    check(module, x, ids, weights, TOLERANCE[torch.float32])
 
 
 def test_autocast() -> None:
