@@ -394,7 +394,7 @@ def test_kills_at_any_time(tmp_path: Path) -> None:
     """Twenty trainings after another are killed while they append without a pause; each goes on with a part of the rows."""
     assert FORK is not None
     path, chance = tmp_path / LOAD_FILE, random.Random(0)
-    done = FORK.Value("q", 0)
+    done = FORK.RawValue("q", 0)  # without a lock, which a process killed while it has it would keep for ever
     kept = 0
     for _ in range(20):
 
