@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import multiprocessing
 import statistics
 import sys
@@ -34,7 +33,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from layer import interleaved
+from layer import interleaved, write_rows
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.activations import ACT2FN
@@ -354,9 +353,7 @@ def main() -> int:
         rows, met = run_cells(args, cells)
     else:
         rows, met = {"fresh": run_fresh, "memory": run_memory}[args.kind](args)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+    write_rows(rows, args.json)
     return int(not met)
 
 

@@ -13,7 +13,6 @@ from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts,
 from .huge_pages import empty, zeros
 
 _FEW_ROWS = 32  # per group, up to which oneDNN is faster with a transposed copy of the left factor
-
 _REUSED = 32 << 20  # bytes; what the C library hands out again, so that writing zeros to some of it is less than to have it new
 
 

@@ -8,6 +8,8 @@ What it does otherwise than Transformers' `grouped_mm`:
   and the activation are made again, and nothing is kept of the experts' outputs.
 - Pointwise work is done in blocks of rows that stay in the cache.
 - The weighted sum over a token's experts reads the rows where they are, without copies of `[T·K, D]`.
+- At inference what is between the products is stored column by column, so that weights need not be copied into another order.
+- Groups of a few rows take each product in one call for all; the gradient of an expert without rows is not written at all.
 - A single token is multiplied with its experts' weights as they lie, without sorting or copying.
 
 Letters as in `expert_products`.

@@ -175,6 +175,7 @@ def test_inputs_that_are_not_contiguous() -> None:
     ("tokens", "hidden", "width", "dtype"), [(40, 8, 6, torch.float64), (7, 16, 24, torch.float32), (90, 16, 24, torch.float32)]
 )
 def test_weights_stored_the_other_way_round(tokens: int, hidden: int, width: int, dtype: torch.dtype) -> None:
+    """`is_transposed`: `[E, D, 2F]` and `[E, F, D]`."""
     torch.manual_seed(3)
     module, tolerance = build(4, hidden, width, ("silu", True, True), dtype), TOLERANCE[dtype]
     x, ids, weights = inputs(tokens, 2, 4, hidden, dtype)
