@@ -197,6 +197,8 @@ def report(dense: Path, tuned: Path, eval_file: Path, device: str, block_size: i
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    import hf_moe.auto  # noqa: F401  registers the model; this process has not needed it so far
+
     from .results import METRICS_FILE
 
     metrics = json.loads((tuned / METRICS_FILE).read_text(encoding="utf-8"))
