@@ -3,17 +3,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .expert_groups import Groups, Run
-from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, multiply, pick, room_for_rows, sum_rows
+from .expert_products import (
+    RUN_ROWS,
+    ExpertLayer,
+    ExpertWeights,
+    cached_parts,
+    multiply,
+    pick,
+    room_for_rows,
+    sum_rows,
+    with_empty_row,
+)  # fmt: skip
 from .huge_pages import empty, zeros
 
 _FEW_ROWS = 32  # per group, up to which oneDNN is faster with a transposed copy of the left factor
-_REUSED = 32 << 20  # bytes; what the C library hands out again, so that writing zeros to some of it is less than to have it new
+_REUSED = 32 << 20  # bytes; what the C library hands out again, so that zeros for some experts are less than to have it new
 
 
 class Gradients(NamedTuple):
@@ -22,6 +34,22 @@ class Gradients(NamedTuple):
     x_TD: Tensor | None
     weights_TK: Tensor | None
     parameters: ExpertWeights
+
+
+class Given(NamedTuple):
+    """What forward kept, and the gradient of its output.
+
+    Attributes:
+        x_TD: `[T, D]` the input.
+        weights_TK: `[T, K]` routing weights.
+        hidden_PH: `[P, H]` what the first product gave, with its bias.
+        grad_TD: `[T, D]`.
+    """
+
+    x_TD: Tensor
+    weights_TK: Tensor
+    hidden_PH: Tensor
+    grad_TD: Tensor
 
 
 class _Rows(NamedTuple):
@@ -36,15 +64,7 @@ class _Rows(NamedTuple):
     grad_hidden: Tensor
 
 
-def backward(
-    layer: ExpertLayer,
-    plan: Groups,
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    hidden_PH: Tensor,
-    grad_TD: Tensor,
-    needed: tuple[bool, ...],
-) -> Gradients:
+def backward(layer: ExpertLayer, plan: Groups, given: Given, needed: Sequence[bool]) -> Gradients:
     """Gradients of `Σ_k weights[t, k] · expert[ids[t, k]](x[t])`.
 
     The gradient of a routing weight is `⟨grad_t, y⟩` with the expert's output y. That is `⟨grad_t @ down.T, a⟩` with its
@@ -53,49 +73,70 @@ def backward(
     Args:
         layer: weights and activation.
         plan: the rows.
-        x_TD: `[T, D]` the input.
-        weights_TK: `[T, K]` routing weights.
-        hidden_PH: `[P, H]` what the first product gave, with its bias.
-        grad_TD: `[T, D]`.
+        given: what forward kept, and the gradient of its output.
         needed: whether x, the routing weights and each of the parameters need one.
     """
     needs_x, needs_weights, *need_parameters = needed
-    idle = set(range(layer.num_experts)) - set(plan.experts)
-    rooms = (
-        _room_for(weight, idle) if needed and weight is not None else None
-        for weight, needed in zip(layer.weights, need_parameters, strict=True)
+    way = _run_by_run if plan.ends_E is None else _in_one_call
+    converted = Given(*(tensor.to(layer.dtype) for tensor in given))
+    grad_x_PD, grad_weight_P, parameters = way(layer, plan, converted, needs_x, need_parameters)
+    return Gradients(
+        None if grad_x_PD is None else sum_rows(grad_x_PD, plan.row_TK).to(given.x_TD.dtype),
+        grad_weight_P[plan.row_TK].to(given.weights_TK.dtype) if needs_weights else None,
+        parameters,
     )
-    found = ExpertWeights(*rooms)  # type: ignore[arg-type]
-    x, grad = x_TD.to(layer.dtype), grad_TD.to(layer.dtype).contiguous()
-    weight_P = torch.cat([weights_TK.flatten().to(layer.dtype), x.new_zeros(1)])[plan.slot_P]  # 0 for padding
+
+
+def _run_by_run(
+    layer: ExpertLayer, plan: Groups, given: Given, needs_x: bool, need_parameters: Sequence[bool]
+) -> tuple[Tensor | None, Tensor, ExpertWeights]:
+    """Gradients of the gathered input, `[P + 1, D]`, of each row's routing weight, `[P + 1]`, and of the parameters."""
+    x_TD, weights_TK, hidden_PH, grad_TD = given
+    found = _rooms(layer, plan, need_parameters)
+    weight_P = torch.cat([weights_TK.flatten(), weights_TK.new_zeros(1)])[plan.slot_P]  # 0 for padding
     tokens_P, runs = plan.tokens(), list(plan.runs(RUN_ROWS))
     hidden_size, width_up, width = layer.widths
     most = max(map(len, runs), default=0)
-    buffers = [empty(x, most, size) for size in (hidden_size, hidden_size, width, width, width_up)]
-    grad_x_PD = room_for_rows(x, len(plan), hidden_size) if needs_x else None
-    grad_weight_P = x.new_zeros(len(plan) + 1)
+    buffers = [empty(x_TD, most, size) for size in (hidden_size, hidden_size, width, width, width_up)]
+    grad_x_PD = room_for_rows(x_TD, len(plan), hidden_size) if needs_x else None
+    grad_weight_P = x_TD.new_zeros(len(plan) + 1)
     for run in runs:
         here = slice(run.start, run.end)
-        gathered, grads, *between = (buffer[: len(run)] for buffer in buffers)
-        torch.index_select(x, 0, tokens_P[here], out=gathered)
-        torch.index_select(grad, 0, tokens_P[here], out=grads)
-        rows = _Rows(gathered, grads, weight_P[here, None], hidden_PH[here], *between)
-        grad_weight_P[here] = _through_experts(layer, run, rows)
+        inputs, grads, *between = (buffer[: len(run)] for buffer in buffers)
+        torch.index_select(x_TD, 0, tokens_P[here], out=inputs)
+        torch.index_select(grad_TD, 0, tokens_P[here], out=grads)
+        rows = _Rows(inputs, grads, weight_P[here, None], hidden_PH[here], *between)
+        layer.multiply(grads, layer.weights.down.transpose(1, 2), rows.grad_activated, run)
+        grad_weight_P[here] = _through_activation(layer, run, rows)
         _add_parameters(layer, run, rows, found)
         if grad_x_PD is not None:
             layer.multiply(rows.grad_hidden, layer.weights.up.transpose(1, 2), grad_x_PD[here], run)
-    return Gradients(
-        None if grad_x_PD is None else sum_rows(grad_x_PD, plan.row_TK).to(x_TD.dtype),
-        grad_weight_P[plan.row_TK].to(weights_TK.dtype) if needs_weights else None,
-        found,
-    )
+    return grad_x_PD, grad_weight_P, found
 
 
-def _through_experts(layer: ExpertLayer, run: Run, rows: _Rows) -> Tensor:
-    """Fill what is between the products; returns `[rows]` gradients of the routing weights."""
-    layer.multiply(rows.grads, layer.weights.down.transpose(1, 2), rows.grad_activated, run)
+def _in_one_call(
+    layer: ExpertLayer, plan: Groups, given: Given, needs_x: bool, need_parameters: Sequence[bool]
+) -> tuple[Tensor | None, Tensor, ExpertWeights]:
+    """The same for few rows, where what costs is the number of operations: each product is one, of all experts."""
+    x_TD, weights_TK, hidden_PH, grad_TD = given
+    up, down, *_ = layer.weights
+    (run,) = plan.runs(len(plan))
+    tokens_P = plan.tokens()
+    inputs, grads = x_TD.index_select(0, tokens_P), grad_TD.index_select(0, tokens_P)
+    grad_activated = F.grouped_mm(grads, down.transpose(1, 2), offs=plan.ends_E)
+    between = grad_activated, torch.empty_like(grad_activated), torch.empty_like(hidden_PH)
+    rows = _Rows(inputs, grads, weights_TK.flatten()[plan.slot_P, None], hidden_PH, *between)
+    grad_weight_P = _through_activation(layer, run, rows)
+    found = _parameters_in_one_call(layer, plan, run, rows, need_parameters)
+    grad_x_PD = F.grouped_mm(rows.grad_hidden, up.transpose(1, 2), offs=plan.ends_E) if needs_x else None
+    return None if grad_x_PD is None else with_empty_row(grad_x_PD, plan), with_empty_row(grad_weight_P, plan), found
+
+
+def _through_activation(layer: ExpertLayer, run: Run, rows: _Rows) -> Tensor:
+    """Fill `activated` and `grad_hidden`; returns `[rows]` gradients of the routing weights."""
     parts = cached_parts(rows.activated, rows.grad_activated, rows.hidden, rows.weights, rows.grad_hidden)
-    grad_weight = torch.cat([layer.activation.backward(*part) for part in parts])
+    found = [layer.activation.backward(*part) for part in parts]
+    grad_weight = found[0] if len(found) == 1 else torch.cat(found)
     if layer.weights.down_bias is not None:
         biases = pick(layer.weights.down_bias.to(layer.dtype), run.experts)
         products = (grads @ bias for grads, bias in zip(run.split(rows.grads), biases, strict=True))
@@ -105,8 +146,7 @@ def _through_experts(layer: ExpertLayer, run: Run, rows: _Rows) -> Tensor:
 
 def _add_parameters(layer: ExpertLayer, run: Run, rows: _Rows, found: ExpertWeights) -> None:
     """`down += activatedᵀ @ grads` and `up += inputsᵀ @ grad_hidden` of each expert, and the biases' sums."""
-    products = ((found.down, rows.activated, rows.grads), (found.up, rows.inputs, rows.grad_hidden))
-    for stack, left, right in products:
+    for stack, left, right in ((found.down, rows.activated, rows.grads), (found.up, rows.inputs, rows.grad_hidden)):
         if stack is None:
             continue
         if stack.stride(1) == 1:  # the parameter is stored the other way round, and so is its gradient
@@ -116,12 +156,46 @@ def _add_parameters(layer: ExpertLayer, run: Run, rows: _Rows, found: ExpertWeig
             left_t = left_t.contiguous()
         multiply(run.split(left_t, dim=1), run.split(right), pick(stack, run.experts))
     if found.down_bias is not None:
-        weighted = rows.grads * rows.weights
-        for expert, part in zip(run.experts, run.split(weighted), strict=True):
-            found.down_bias[expert] = part.sum(0)
+        _sum_groups(rows.grads * rows.weights, run, found.down_bias)
     if found.up_bias is not None:
-        for expert, part in zip(run.experts, run.split(rows.grad_hidden), strict=True):
-            found.up_bias[expert] = part.sum(0)
+        _sum_groups(rows.grad_hidden, run, found.up_bias)
+
+
+def _sum_groups(rows: Tensor, run: Run, into: Tensor) -> None:
+    for expert, part in zip(run.experts, run.split(rows), strict=True):
+        into[expert] = part.sum(0)
+
+
+def _parameters_in_one_call(layer: ExpertLayer, plan: Groups, run: Run, rows: _Rows, needed: Sequence[bool]) -> ExpertWeights:
+    """The parameters' gradients, in one call each where that leaves no large memory unwritten (see `_room_for`)."""
+    up, down, *_ = layer.weights
+    few_idle = 2 * len(plan.experts) > layer.num_experts
+    needs_up, needs_down, *need_biases = needed
+    if layer.compiles_shapes or not few_idle or max(up.nbytes, down.nbytes) > _REUSED:
+        found = _rooms(layer, plan, needed)
+        _add_parameters(layer, run, rows, found)
+        return found
+    found = _rooms(layer, plan, (False, False, *need_biases))
+    _add_parameters(layer, run, rows, found)
+    if needs_up:
+        found = found._replace(up=_product_like(up, rows.inputs, rows.grad_hidden, plan))
+    if needs_down:
+        found = found._replace(down=_product_like(down, rows.activated, rows.grads, plan))
+    return found
+
+
+def _product_like(weight: Tensor, left: Tensor, right: Tensor, plan: Groups) -> Tensor:
+    """`leftᵀ @ right` of each expert's rows, in the layout of the parameter of which `weight` is a view; 0 of the idle."""
+    if weight.stride(1) == 1:
+        return F.grouped_mm(right.t(), left, offs=plan.ends_E).transpose(1, 2)
+    return F.grouped_mm(left.t(), right, offs=plan.ends_E)
+
+
+def _rooms(layer: ExpertLayer, plan: Groups, needed: Sequence[bool]) -> ExpertWeights:
+    """Memory for the parameters' gradients, 0 where experts have no rows; `None` for those that need none."""
+    idle = set(range(layer.num_experts)).difference(plan.experts)
+    pairs = zip(layer.weights, needed, strict=True)
+    return ExpertWeights(*(_room_for(weight, idle) if needs and weight is not None else None for weight, needs in pairs))  # type: ignore[arg-type]
 
 
 def _room_for(weight: Tensor, idle: set[int]) -> Tensor:

@@ -22,13 +22,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Run:
-    """The rows `start` to `end`: groups side by side, of `sizes[i]` rows of `experts[i]`; `ends_E` as in `Groups`."""
+    """The rows `start` to `end`: groups side by side, of `sizes[i]` rows of `experts[i]`."""
 
     start: int
     end: int
     experts: list[int]
     sizes: list[int]
-    ends_E: Tensor | None = None
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -67,9 +66,6 @@ class Groups:
 
     def runs(self, most_rows: int) -> Iterator[Run]:
         """Groups side by side that have so many rows together, or the one that has more."""
-        if self.ends_E is not None:
-            yield Run(0, len(self), self.experts, self.sizes, self.ends_E)
-            return
         first = start = rows = 0
         for i, size in enumerate(self.sizes):
             if rows and rows + size > most_rows:

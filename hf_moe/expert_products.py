@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .expert_activation import Activation
-from .expert_groups import Run
+from .expert_groups import Groups, Run
 from .huge_pages import empty
 
 RUN_ROWS = 2048  # of groups that take each step together: weights are read in their order, rows stay near
@@ -84,10 +84,7 @@ class ExpertLayer(NamedTuple):
             out: `[rows of the run, other]`, in the precision of the products.
             run: whose groups they are.
         """
-        if run.ends_E is not None:
-            out.copy_(F.grouped_mm(rows, stack, offs=run.ends_E))
-        else:
-            multiply(run.split(rows), self.matrices(stack, run.experts), run.split(out))
+        multiply(run.split(rows), self.matrices(stack, run.experts), run.split(out))
 
     def matrices(self, stack: Tensor, experts: list[int]) -> Iterable[Tensor]:
         """Those of the experts, in the precision of the products, one at a time where that takes a copy."""
@@ -137,11 +134,16 @@ def room_for_rows(like: Tensor, rows: int, width: int) -> Tensor:
     return room
 
 
+def with_empty_row(rows: Tensor, plan: Groups) -> Tensor:
+    """`[P, …]` rows as `[P + 1, …]` with a last one of zeros, if there are empty slots, which read it."""
+    return rows if len(rows) == plan.row_TK.numel() else torch.cat([rows, torch.zeros_like(rows[:1])])
+
+
 def sum_rows(rows_PD: Tensor, row_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
     """Each token's (weighted) sum of its rows, added up in fp32, without a copy of them.
 
     Args:
-        rows_PD: `[P + 1, D]` from `room_for_rows`, or `[P, D]` where no slot is empty.
+        rows_PD: `[P + 1, D]` from `room_for_rows` or `with_empty_row`, or `[P, D]` where no slot is empty.
         row_TK: `[T, K]` which rows.
         weights_TK: `[T, K]`.
     """

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from .expert_activation import KERNELS, Activation
-from .expert_backward import backward
+from .expert_backward import Given, backward
 from .expert_groups import Groups, Run, group_rows
-from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, pick, room_for_rows, sum_rows
+from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, pick, room_for_rows, sum_rows, with_empty_row
 from .huge_pages import empty
 from .router_math import without_autocast
 
@@ -139,7 +139,7 @@ def _in_one_call(layer: ExpertLayer, plan: Groups, x_TD: Tensor) -> tuple[Tensor
     activated = layer.activation.forward(hidden, hidden.new_empty(len(plan), layer.widths[2]))
     outputs = F.grouped_mm(activated, down, offs=plan.ends_E)
     _add_bias(outputs, down_bias, run)
-    return (outputs if len(plan) == plan.row_TK.numel() else F.pad(outputs, (0, 0, 0, 1))), hidden
+    return with_empty_row(outputs, plan), hidden
 
 
 def _row_by_row(layer: ExpertLayer, run: Run, inputs: Tensor, hidden: Tensor, activated: Tensor, outputs: Tensor) -> None:
@@ -203,7 +203,7 @@ class _Experts(torch.autograd.Function):
         plan = Groups(ctx.experts, ctx.sizes, slot_P, row_TK, ends_E)
         _, _, need_x, _, *need = ctx.needs_input_grad
         with without_autocast("cpu"):
-            found = backward(layer, plan, x_TD, weights_TK, hidden, grads[0], (need_x, *need))
+            found = backward(layer, plan, Given(x_TD, weights_TK, hidden, grads[0]), (need_x, *need))
         return None, None, found.x_TD, None, found.weights_TK, *found.parameters
 
 

@@ -20,8 +20,9 @@ from hf_moe.experts import Experts
 from hf_moe.fast_experts import NAME, experts_forward, takes
 from hf_moe.huge_pages import empty, zeros
 
-# T, K, E, D, F: one token; none; most experts idle; one expert has all; several blocks and runs
-SHAPES = [(1, 2, 8, 16, 24), (0, 2, 4, 16, 24), (33, 1, 64, 16, 8), (7, 3, 5, 9, 15), (300, 2, 3, 24, 16), (2100, 2, 2, 16, 40)]
+# T, K, E, D, F: one token; none; most experts idle; few rows for all; odd widths; several blocks; several runs
+SHAPES = [(1, 2, 8, 16, 24), (0, 2, 4, 16, 24), (33, 1, 64, 16, 8), (12, 2, 6, 16, 24), (7, 3, 5, 9, 15), (300, 2, 3, 24, 16),
+          (2100, 2, 2, 16, 40)]  # fmt: skip
 # activation, gated, biases
 KINDS = [("silu", True, False), ("silu", True, True), ("gelu", False, True), ("gelu_pytorch_tanh", True, False),
          ("relu", False, False), ("relu2", False, True), ("gelu_new", True, True)]  # fmt: skip
@@ -319,7 +320,7 @@ def test_groups_of_few_rows_may_be_one_call() -> None:
     plan = group_rows(ids, 4, pad=True, rows_in_one_call=4)
     assert plan.ends_E is not None
     assert plan.ends_E.tolist() == [0, 3, 3, 5]
-    assert [(run.experts, run.sizes) for run in plan.runs(1)] == [([1, 3], [3, 2])]
+    assert [(run.experts, run.sizes) for run in plan.runs(len(plan))] == [([1, 3], [3, 2])]
     assert group_rows(ids, 4, pad=True).ends_E is None
     assert group_rows(ids.repeat(9, 1), 4, pad=False, rows_in_one_call=4).ends_E is None  # too many
     assert group_rows(torch.full((17, 1), 2), 9, pad=True, rows_in_one_call=4).ends_E is None  # padded
