@@ -16,6 +16,7 @@ from torch.nn import functional as F
 _NO_CONTEXT = nullcontext()
 _BLOCK = 256  # rows of x whose copy in fp32 stays in a core's cache
 _LOWEST = -1e4  # a logit so far below the largest has the probability 0
+_NARROW, _FEW = 16, 256  # columns of a row that are fewer than a vector register holds; values that do not matter
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -43,9 +44,19 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_TD, weight_ED = ctx.saved_tensors
         (gradient_TE,) = gradients
+        needs_x, needs_weight = ctx.needs_input_grad
         with without_autocast(x_TD.device.type):
-            of_x = (gradient_TE @ weight_ED).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
-            of_weight = gradient_TE.t() @ x_TD.to(weight_ED.dtype) if ctx.needs_input_grad[1] else None
+            if torch.is_grad_enabled() or x_TD.device.type != "cpu":  # gradients of gradients are not for `out=`
+                of_x = (gradient_TE @ weight_ED).to(x_TD.dtype) if needs_x else None
+                return of_x, gradient_TE.t() @ x_TD.to(weight_ED.dtype) if needs_weight else None
+            of_x = torch.empty_like(x_TD) if needs_x else None
+            of_weight = torch.zeros_like(weight_ED) if needs_weight else None
+            for start in range(0, len(x_TD), _BLOCK):
+                here = slice(start, start + _BLOCK)
+                if of_x is not None:
+                    of_x[here] = gradient_TE[here] @ weight_ED
+                if of_weight is not None:
+                    of_weight.addmm_(gradient_TE[here].t(), x_TD[here].to(weight_ED.dtype))
         return of_x, of_weight
 
 
@@ -55,6 +66,13 @@ def _product(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     if len(blocks) < 2 or x_TD.device.type != "cpu":
         return F.linear(x_TD.to(weight_ED.dtype), weight_ED)
     return torch.cat([F.linear(block.to(weight_ED.dtype), weight_ED) for block in blocks])
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """`scores.softmax(dim=-1)`; on CPU rows of a few columns are turned over, which torch else takes one value at a time."""
+    if scores.shape[-1] >= _NARROW or scores.numel() <= _FEW or scores.device.type != "cpu" or torch.compiler.is_compiling():
+        return scores.softmax(dim=-1)
+    return scores.movedim(-1, 0).softmax(dim=0).movedim(0, -1).contiguous()
 
 
 class Sums(dict[str, Tensor]):

@@ -22,7 +22,7 @@ from transformers import initialization as init
 from .best_tokens import best_tokens_per_expert
 from .configuration_moe import MoEConfig
 from .losses import loss_free_bias_update, smooth_load
-from .router_math import project, without_autocast
+from .router_math import project, softmax, without_autocast
 from .routing import Routing, top_k
 
 NOISE_EPSILON = 1e-2  # smallest standard deviation of the gating noise (the paper's reference code)
@@ -114,8 +114,8 @@ class TopKRouter(Router):
         logits_TE = self._explored(project(x_TD, self.weight))
         top_TK, ids_TK = top_k(logits_TE, self.top_k)
         if self.renormalise:  # softmax over the kept logits is the renormalised softmax
-            return Routing.of(ids_TK, top_TK.softmax(dim=-1), logits_TE)
-        return Routing.of(ids_TK, logits_TE.softmax(dim=-1).gather(1, ids_TK), logits_TE)
+            return Routing.of(ids_TK, softmax(top_TK), logits_TE)
+        return Routing.of(ids_TK, softmax(logits_TE).gather(1, ids_TK), logits_TE)
 
 
 class NoisyTopKRouter(Router):
@@ -154,7 +154,7 @@ def noisy_top_k(
     if noise_TE is not None and noise_scale != 1:
         std_TE = (noise_scale * std_TE).clamp(min=NOISE_EPSILON)  # the smooth load divides by it
     top_TK, ids_TK = top_k(noisy_TE, k)
-    return ids_TK, top_TK.softmax(dim=-1), smooth_load(clean_TE, noisy_TE, std_TE, k)
+    return ids_TK, softmax(top_TK), smooth_load(clean_TE, noisy_TE, std_TE, k)
 
 
 class GShardRouter(Router):
@@ -163,7 +163,7 @@ class GShardRouter(Router):
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
         logits_TE = self._explored(project(x_TD, self.weight))
         top_TK, ids_TK = top_k(logits_TE, 2)
-        weights_TK = top_TK.softmax(dim=-1)
+        weights_TK = softmax(top_TK)
         routing = Routing.of(ids_TK, weights_TK, logits_TE)
         if not self.training:
             return routing
@@ -278,7 +278,7 @@ class ExpertChoiceRouter(Router):
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
         logits_TE = project(x_TD, self.weight)
-        probs_TE = logits_TE.softmax(dim=-1)
+        probs_TE = softmax(logits_TE)
         chosen_TE = best_tokens_per_expert(probs_TE, self.factor, token_mask_T, self.compares_ranks)
         return _dense_plan(probs_TE * chosen_TE, chosen_TE, logits_TE)
 
@@ -300,7 +300,7 @@ class StrictlyBalancedRouter(Router):
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
         logits_TE = project(x_TD, self.weight)
-        probs_TE = logits_TE.softmax(dim=-1)
+        probs_TE = softmax(logits_TE)
         above_TE = probs_TE > self.thresholds
         chosen_TE = above_TE
         if self.training:

@@ -11,11 +11,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _SMALLEST_FP32 = 2.0**-149
 _FEW = 512  # scores that are sorted sooner than compared in several steps
+_SORTED_FAST = 128  # 64-bit keys of a row that NumPy sorts in vector registers
+_SORTED_AT_ONCE = 1 << 15  # scores whose keys stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,11 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _top_k_ids_of_many(scores: Tensor, k: int) -> Tensor:
     """Without sorting whole rows."""
     if _numpy_takes(scores):
-        ids = _by_repeated_argmax(scores, k) if k <= 2 or 4 * k < scores.shape[-1] else _by_partial_sort(scores, k)
-        if ids is not None:
-            return ids
+        sorts_fast = scores.dtype == torch.float32 and scores.shape[-1] <= _SORTED_FAST
+        if k <= 2 or (4 * k < scores.shape[-1] and not sorts_fast):
+            return _by_repeated_argmax(scores, k)
+        if scores.dtype == torch.float32:
+            return _by_sorted_keys(scores, k)
     if k <= 2:
         first = scores.argmax(dim=-1, keepdim=True)
         if k == 1:
@@ -114,10 +119,26 @@ def _by_repeated_argmax(scores: Tensor, k: int) -> Tensor:
     return ids
 
 
-def _by_partial_sort(scores: Tensor, k: int) -> Tensor | None:
-    """`Tensor.topk`, unless scores are equal, whose order it leaves open."""
-    values, ids = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
-    return None if (values[..., 1:] == values[..., :-1]).any() else ids[..., :k]
+def _by_sorted_keys(scores: Tensor, k: int) -> Tensor:
+    """Sort integers that hold a fp32 score in their upper half and, so that equal ones keep their order, E - 1 - index below.
+
+    NumPy sorts rows of up to 128 such keys in vector registers, in less than half the time of `Tensor.topk`.
+    """
+    num_experts = scores.shape[-1]
+    ids = torch.empty(*scores.shape[:-1], k, dtype=torch.int64)
+    index = np.arange(num_experts - 1, -1, -1)
+    rows = max(1, _SORTED_AT_ONCE // num_experts)
+    for part, into in zip(scores.reshape(-1, num_experts).split(rows), ids.view(-1, k).split(rows), strict=True):
+        bits = (part + 0.0).numpy().view(np.int32)  # + 0.0: -0.0 is 0.0, but its bits are others
+        below = bits >> 31
+        below &= 0x7FFFFFFF
+        bits ^= below  # integers in the order of the numbers
+        keys = bits.astype(np.int64)
+        keys <<= 32
+        keys |= index
+        keys.sort(axis=-1)
+        np.subtract(num_experts - 1, keys[:, : -k - 1 : -1] & 0xFFFFFFFF, out=into.numpy())
+    return ids
 
 
 def apply_capacity(

@@ -20,6 +20,7 @@ from hf_moe.losses import (
     z_loss,
 )
 from hf_moe.record import LayerRecord, RoutingRecord, routing_sums
+from hf_moe.router_math import softmax
 from hf_moe.routers import noisy_top_k
 from hf_moe.routing import Routing, top_k
 
@@ -170,3 +171,34 @@ def test_top_k_of_neighbouring_floats() -> None:
     scores = torch.ones(1000, 3)
     scores[:, 2] = torch.nextafter(scores[:, 2], torch.tensor(2.0))
     assert top_k(scores, 3)[1].tolist() == [[2, 0, 1]] * 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("experts", [8, 33, 128, 129, 300])
+@pytest.mark.parametrize("k", [1, 2, 3, 8])
+def test_top_k_is_the_stable_sort(k: int, experts: int, dtype: torch.dtype) -> None:
+    """Whatever the width: many equal ones, none, and rows of little but -inf (groups that are ruled out)."""
+    torch.manual_seed(experts)
+    scores = torch.randn(700, experts, dtype=dtype)
+    for given_scores in (
+        scores,
+        scores.round(),
+        scores.masked_fill(torch.rand(700, experts) < 0.97, float("-inf")),
+        scores[:0],
+    ):
+        expected = given_scores.sort(dim=-1, descending=True, stable=True)
+        values, ids = top_k(given_scores.view(-1, 7, experts), k)
+        assert torch.equal(ids.flatten(0, 1), expected.indices[:, :k])
+        assert torch.equal(values.flatten(0, 1), expected.values[:, :k])
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (300, 2), (300, 1), (40, 5, 8), (300, 16)], ids=str)
+def test_softmax_of_few_columns(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    scores = 5 * torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(shape, dtype=torch.float64)
+    exact, found = scores.softmax(dim=-1), softmax(scores)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-15)
+    gradients = [torch.autograd.grad(output, scores, grad)[0] for output in (found, exact)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-14)
