@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from hf_moe.training import demo, read_expert_load
 from hf_moe.training.data import load_blocks
 from hf_moe.training.finetune import main as finetune_main
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_moe import MoEConfig, MoEForCausalLM
 from hf_moe.__main__ import COMMANDS
@@ -190,6 +192,27 @@ def test_demo_refuses_a_damaged_model(tmp_path: Path) -> None:
         (tmp_path / "unpacked" / name).write_text("damaged")
     with pytest.raises(demo.DemoError, match=r"is damaged.*Delete"):
         demo.fetch(tmp_path)
+
+
+def test_demo_from_a_dense_model_to_text(moe_folder: Path, tmp_path: Path) -> None:
+    """All steps but the download, in a process in which nothing else has been imported."""
+    dense = tmp_path / "dense"
+    text = text_config("llama", num_hidden_layers=3, vocab_size=64)
+    AutoModelForCausalLM.from_config(text).save_pretrained(dense)
+    AutoTokenizer.from_pretrained(moe_folder).save_pretrained(dense)
+    code = (
+        "import sys, pathlib; from hf_moe.training import demo\n"
+        "texts = tuple(map(pathlib.Path, sys.argv[2:]))\n"
+        "demo.fetch, demo.write_texts = lambda folder: folder, lambda *args, **kwargs: texts\n"
+        "sys.exit(demo.main(['--workdir', sys.argv[1], '--steps', '2', '--seq-length', '16']))"
+    )
+    texts = [str(moe_folder / name) for name in ("train.jsonl", "train.jsonl")]
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path), *texts], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for found in ("dense model", "MoE before", "MoE after", "reloaded, it writes:", "expert_load.png", "total time"):
+        assert found in run.stdout
+    losses = [float(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith(("  dense model", "  MoE before"))]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)  # upcycling changes nothing
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
