@@ -195,19 +195,21 @@ def test_demo_refuses_a_damaged_model(tmp_path: Path) -> None:
 
 
 def test_demo_from_a_dense_model_to_text(moe_folder: Path, tmp_path: Path) -> None:
-    """All steps but the download, in a process in which nothing else has been imported."""
+    """All steps but the download, in a process of its own: where the command runs, `import hf_moe` registers nothing."""
     dense = tmp_path / "dense"
     text = text_config("llama", num_hidden_layers=3, vocab_size=64)
     AutoModelForCausalLM.from_config(text).save_pretrained(dense)
     AutoTokenizer.from_pretrained(moe_folder).save_pretrained(dense)
-    code = (
-        "import sys, pathlib; from hf_moe.training import demo\n"
+    (tmp_path / "hf-moe").write_text(
+        "import sys, pathlib\n"
+        "from hf_moe.training import demo\n"
         "texts = tuple(map(pathlib.Path, sys.argv[2:]))\n"
         "demo.fetch, demo.write_texts = lambda folder: folder, lambda *args, **kwargs: texts\n"
-        "sys.exit(demo.main(['--workdir', sys.argv[1], '--steps', '2', '--seq-length', '16']))"
+        "sys.exit(demo.main(['--workdir', sys.argv[1], '--steps', '2', '--seq-length', '16']))\n"
     )
     texts = [str(moe_folder / name) for name in ("train.jsonl", "train.jsonl")]
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path), *texts], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(tmp_path / "hf-moe"), str(tmp_path), *texts]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     assert run.returncode == 0, run.stdout + run.stderr
     for found in ("dense model", "MoE before", "MoE after", "reloaded, it writes:", "expert_load.png", "total time"):
         assert found in run.stdout
