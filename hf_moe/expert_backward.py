@@ -93,7 +93,7 @@ def _run_by_run(
     """Gradients of the gathered input, `[P + 1, D]`, of each row's routing weight, `[P + 1]`, and of the parameters."""
     x_TD, weights_TK, hidden_PH, grad_TD = given
     found = _rooms(layer, plan, need_parameters)
-    weight_P = torch.cat([weights_TK.flatten(), weights_TK.new_zeros(1)])[plan.slot_P]  # 0 for padding
+    weight_P1 = _weights_of_rows(weights_TK, plan)
     tokens_P, runs = plan.tokens(), list(plan.runs(RUN_ROWS))
     hidden_size, width_up, width = layer.widths
     most = max(map(len, runs), default=0)
@@ -105,7 +105,7 @@ def _run_by_run(
         inputs, grads, *between = (buffer[: len(run)] for buffer in buffers)
         torch.index_select(x_TD, 0, tokens_P[here], out=inputs)
         torch.index_select(grad_TD, 0, tokens_P[here], out=grads)
-        rows = _Rows(inputs, grads, weight_P[here, None], hidden_PH[here], *between)
+        rows = _Rows(inputs, grads, weight_P1[here], hidden_PH[here], *between)
         layer.multiply(grads, layer.weights.down.transpose(1, 2), rows.grad_activated, run)
         grad_weight_P[here] = _through_activation(layer, run, rows)
         _add_parameters(layer, run, rows, found)
@@ -125,11 +125,19 @@ def _in_one_call(
     inputs, grads = x_TD.index_select(0, tokens_P), grad_TD.index_select(0, tokens_P)
     grad_activated = F.grouped_mm(grads, down.transpose(1, 2), offs=plan.ends_E)
     between = grad_activated, torch.empty_like(grad_activated), torch.empty_like(hidden_PH)
-    rows = _Rows(inputs, grads, weights_TK.flatten()[plan.slot_P, None], hidden_PH, *between)
+    rows = _Rows(inputs, grads, _weights_of_rows(weights_TK, plan), hidden_PH, *between)
     grad_weight_P = _through_activation(layer, run, rows)
     found = _parameters_in_one_call(layer, plan, run, rows, need_parameters)
     grad_x_PD = F.grouped_mm(rows.grad_hidden, up.transpose(1, 2), offs=plan.ends_E) if needs_x else None
     return None if grad_x_PD is None else with_empty_row(grad_x_PD, plan), with_empty_row(grad_weight_P, plan), found
+
+
+def _weights_of_rows(weights_TK: Tensor, plan: Groups) -> Tensor:
+    """`[P, 1]` routing weights, 0 for padding."""
+    weights_S1 = weights_TK.reshape(-1, 1)
+    if plan.filled < len(plan):
+        weights_S1 = torch.cat([weights_S1, weights_S1.new_zeros(1, 1)])
+    return weights_S1.index_select(0, plan.slot_P)
 
 
 def _through_activation(layer: ExpertLayer, run: Run, rows: _Rows) -> Tensor:
@@ -193,6 +201,8 @@ def _product_like(weight: Tensor, left: Tensor, right: Tensor, plan: Groups) -> 
 
 def _rooms(layer: ExpertLayer, plan: Groups, needed: Sequence[bool]) -> ExpertWeights:
     """Memory for the parameters' gradients, 0 where experts have no rows; `None` for those that need none."""
+    if not any(needed):
+        return ExpertWeights(*(None,) * 4)  # type: ignore[arg-type]
     idle = set(range(layer.num_experts)).difference(plan.experts)
     pairs = zip(layer.weights, needed, strict=True)
     return ExpertWeights(*(_room_for(weight, idle) if needs and weight is not None else None for weight, needs in pairs))  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class Groups:
     Attributes:
         experts: of each group, in ascending order; twice where a group was cut.
         sizes: rows of each group, with padding.
+        filled: rows that are not padding: as many as there are slots that are not empty.
         slot_P: `[P]` the slot of each row; S for padding.
         row_TK: `[T, K]` the row of each slot; P for empty ones.
         ends_E: `[E]` int32, the row after each expert's last, for products of all groups in one call; `None` where a call for
@@ -52,6 +53,7 @@ class Groups:
 
     experts: list[int]
     sizes: list[int]
+    filled: int
     slot_P: Tensor
     row_TK: Tensor
     ends_E: Tensor | None = None
@@ -62,7 +64,8 @@ class Groups:
     def tokens(self) -> Tensor:
         """`[P]` the token of each row; of padding the last."""
         tokens, top_k = self.row_TK.shape
-        return self.slot_P.div(top_k, rounding_mode="floor").clamp_(max=tokens - 1)
+        tokens_P = self.slot_P.div(top_k, rounding_mode="floor")
+        return tokens_P if self.filled == len(self) else tokens_P.clamp_(max=tokens - 1)
 
     def runs(self, most_rows: int) -> Iterator[Run]:
         """Groups side by side that have so many rows together, or the one that has more."""
@@ -115,5 +118,10 @@ def group_rows(ids_TK: Tensor, num_experts: int, pad: bool, most_rows: int | Non
         row_S += padding.cumsum(0)[:-1].repeat_interleave(torch.tensor(counts))
         slot_P = torch.full((rows,), slots).scatter_(0, row_S, slot_S)
     row_TK = torch.full((slots,), rows).scatter_(0, slot_S, row_S).view(ids_TK.shape)
-    few = 0 < rows == filled <= rows_in_one_call * num_experts
-    return Groups(experts, sizes, slot_P, row_TK, ends_E if few else None)
+    few = 0 < rows <= rows_in_one_call * num_experts
+    if few and rows > filled:
+        rows_E = [0] * num_experts
+        for expert, size in zip(experts, sizes, strict=True):
+            rows_E[expert] += size
+        ends_E = torch.tensor(list(accumulate(rows_E)), dtype=torch.int32)
+    return Groups(experts, sizes, filled, slot_P, row_TK, ends_E if few else None)

@@ -19,7 +19,8 @@ from .huge_pages import empty
 
 RUN_ROWS = 2048  # of groups that take each step together: weights are read in their order, rows stay near
 _SWAPPED = {torch.bfloat16: range(1, 513), torch.float32: range(16, 129)}  # rows of a group; measured
-_IN_ONE_CALL = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 16}  # rows per expert; measured, but for fp16
+# Rows per expert, at inference and where a backward follows; measured, but for fp16.
+_IN_ONE_CALL = {torch.bfloat16: (16, 4), torch.float16: (16, 4), torch.float32: (16, 16)}
 _CACHED_VALUES = 1 << 16  # of rows in pointwise work: five such buffers of bf16 fill a third of 2 MB
 
 
@@ -64,16 +65,18 @@ class ExpertLayer(NamedTuple):
         """Whether each shape of a product costs a compilation: oneDNN's (bf16, fp16) do, MKL's (fp32, fp64) do not."""
         return self.dtype in (torch.bfloat16, torch.float16)
 
-    @property
-    def rows_in_one_call(self) -> int:
+    def rows_in_one_call(self, keep: bool) -> int:
         """Per expert, on average, up to which torch's product of all groups in one call is faster than a call for each.
 
         It takes one precision out of three, and dense rows or columns of a multiple of 16 bytes.
+
+        Args:
+            keep: whether a backward follows.
         """
         up, down, *_ = self.weights
         steps = [*self.widths, *(step for stack in (up, down) for step in stack.stride() if step != 1)]
         aligned = all(step * up.itemsize % 16 == 0 for step in steps) and 1 in up.stride()[1:] and 1 in down.stride()[1:]
-        return _IN_ONE_CALL.get(self.dtype, 0) if up.dtype == down.dtype == self.dtype and aligned else 0
+        return _IN_ONE_CALL.get(self.dtype, (0, 0))[keep] if up.dtype == down.dtype == self.dtype and aligned else 0
 
     def multiply(self, rows: Tensor, stack: Tensor, out: Tensor, run: Run) -> None:
         """`out[i] = rows[i] @ stack[e]`, with e the expert of row i.
@@ -136,7 +139,7 @@ def room_for_rows(like: Tensor, rows: int, width: int) -> Tensor:
 
 def with_empty_row(rows: Tensor, plan: Groups) -> Tensor:
     """`[P, …]` rows as `[P + 1, …]` with a last one of zeros, if there are empty slots, which read it."""
-    return rows if len(rows) == plan.row_TK.numel() else torch.cat([rows, torch.zeros_like(rows[:1])])
+    return rows if plan.filled == plan.row_TK.numel() else torch.cat([rows, torch.zeros_like(rows[:1])])
 
 
 def sum_rows(rows_PD: Tensor, row_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:

@@ -109,7 +109,7 @@ def _one_token(layer: ExpertLayer, x_1D: Tensor, ids_1K: Tensor, weights_1K: Ten
 def _forward(layer: ExpertLayer, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, keep: bool) -> tuple[Tensor, Groups, Tensor]:
     """The output, and for backward (`keep`) the rows and, `[P, H]`, what the first product gave."""
     most_rows, run_rows = (None, RUN_ROWS) if keep else (_CACHED_GROUP, _CACHED_RUN)
-    plan = group_rows(ids_TK, layer.num_experts, layer.compiles_shapes, most_rows, layer.rows_in_one_call)
+    plan = group_rows(ids_TK, layer.num_experts, layer.compiles_shapes, most_rows, layer.rows_in_one_call(keep))
     x, weights_TK = x_TD.to(layer.dtype), weights_TK.to(layer.dtype)
     if plan.ends_E is not None:
         output_PD, hidden_PH = _in_one_call(layer, plan, x)
@@ -188,7 +188,7 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         layer = ExpertLayer(ExpertWeights(*weights), activation, dtype)
         output, plan, hidden = _forward(layer, x_TD, ids_TK, weights_TK, keep=True)
-        ctx.activation, ctx.dtype, ctx.experts, ctx.sizes = activation, dtype, plan.experts, plan.sizes
+        ctx.activation, ctx.dtype, ctx.groups = activation, dtype, (plan.experts, plan.sizes, plan.filled)
         ctx.save_for_backward(x_TD, weights_TK, hidden, plan.slot_P, plan.row_TK, plan.ends_E, *weights)
         return output
 
@@ -201,7 +201,8 @@ class _Experts(torch.autograd.Function):
             )
         x_TD, weights_TK, hidden, slot_P, row_TK, ends_E, *weights = ctx.saved_tensors
         layer = ExpertLayer(ExpertWeights(*weights), ctx.activation, ctx.dtype)
-        plan = Groups(ctx.experts, ctx.sizes, slot_P, row_TK, ends_E)
+        experts, sizes, filled = ctx.groups
+        plan = Groups(experts, sizes, filled, slot_P, row_TK, ends_E)
         _, _, need_x, _, *need = ctx.needs_input_grad
         with without_autocast("cpu"):
             found = backward(layer, plan, Given(x_TD, weights_TK, hidden, grads[0]), (need_x, *need))

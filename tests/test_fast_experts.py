@@ -323,8 +323,29 @@ def test_groups_of_few_rows_may_be_one_call() -> None:
     assert [(run.experts, run.sizes) for run in plan.runs(len(plan))] == [([1, 3], [3, 2])]
     assert group_rows(ids, 4, pad=True).ends_E is None
     assert group_rows(ids.repeat(9, 1), 4, pad=False, rows_in_one_call=4).ends_E is None  # too many
-    assert group_rows(torch.full((17, 1), 2), 9, pad=True, rows_in_one_call=4).ends_E is None  # padded
+    assert group_rows(torch.full((40, 1), 2), 9, pad=True, rows_in_one_call=5).ends_E is None  # with padding
+    padded_plan = group_rows(torch.tensor([[2, 3]] * 17 + [[0, 3]]), 4, pad=True, most_rows=10, rows_in_one_call=15)
+    assert padded_plan.ends_E is not None
+    assert (padded_plan.sizes, padded_plan.ends_E.tolist()) == ([1, 10, 7, 10, 8], [1, 1, 18, 36])
+    padded_plan = group_rows(torch.tensor([[2, 3]] * 17 + [[0, 3]]), 4, pad=True, rows_in_one_call=17)
+    assert (padded_plan.sizes, padded_plan.ends_E.tolist(), padded_plan.filled) == ([1, 32, 32], [1, 1, 33, 65], 36)
     assert group_rows(torch.full((3, 1), 9), 9, pad=True, rows_in_one_call=4).ends_E is None  # all are empty
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", [("silu", True, False), ("gelu", False, True)], ids=str)
+@pytest.mark.parametrize("empty_slots", [False, True])
+def test_few_rows_of_which_one_expert_has_most(kind: tuple[str, bool, bool], dtype: torch.dtype, empty_slots: bool) -> None:
+    """Its group is padded (bf16, fp16), those of the others are not; all go through one call."""
+    torch.manual_seed(0)
+    module = build(12, 16, 24, kind, dtype)
+    x, ids, weights = inputs(25, 1, 12, 16, dtype, empty_slots)
+    ids[:20] = 3
+    weights = weights.detach().masked_fill(ids == 3, 0.7).requires_grad_()
+    plan = group_rows(ids, 12, dtype != torch.float32, rows_in_one_call=4)
+    assert plan.ends_E is not None
+    assert (plan.filled < len(plan)) == (dtype != torch.float32)
+    check(module, x, ids, weights, TOLERANCE[dtype])
 
 
 def test_sizes_are_few_and_not_much_larger() -> None:
