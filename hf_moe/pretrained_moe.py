@@ -243,7 +243,24 @@ class MoEPreTrainedModel(PreTrainedModel):
         if any(value is not None for value in options.values()):
             offload = importlib.import_module("hf_moe.expert_offload")  # no part of the code that goes with a checkpoint
             return offload.load_offloaded(cls, options, pretrained_model_name_or_path, *args, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+        model._copy_routers()
+        return loaded
+
+    def _copy_routers(self) -> None:
+        """Have the routers own their memory.
+
+        What is loaded in the precision of its file is a view of that file, which stays mapped into memory while there is one:
+        in a model in bf16 of a checkpoint in fp32 the routers, which stay fp32, held all of it.
+        """
+        for layer in self.moe_layers:
+            for parameter in layer.gate.parameters():
+                if parameter.device.type == "cpu" and type(parameter.data) is torch.Tensor:
+                    parameter.data = parameter.data.clone()
+            for name, buffer in layer.gate.named_buffers(recurse=False):
+                if buffer.device.type == "cpu":
+                    setattr(layer.gate, name, buffer.clone())  # as another's view it would keep that, whatever its `data`
 
     def _dense_model(self) -> PreTrainedModel:
         return self.language_model

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,3 +93,15 @@ def test_training_in_low_precision(mode: str) -> None:
     assert found[mode].dtype == torch.float32
     # bf16 has 8 bits, and where it moves a token to another expert the gradient jumps: direction only
     assert torch.cosine_similarity(found[mode], found["fp32"], dim=0) > 0.95
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped into memory")
+@pytest.mark.parametrize("router", ["top_k", "sigmoid"])  # with parameters; and with a buffer
+def test_loading_in_another_precision_lets_go_of_the_file(router: str, tmp_path: Path) -> None:
+    """The routers keep the file's precision, but not the file: in a view of it, all of it would stay in memory."""
+    saved = tiny("llama", **ROUTERS[router])
+    saved.save_pretrained(tmp_path)
+    model = MoEForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert model.moe_layers[0].gate.weight.dtype == torch.float32
+    assert torch.equal(model.moe_layers[0].gate.weight, saved.moe_layers[0].gate.weight)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
