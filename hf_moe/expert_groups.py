@@ -99,7 +99,7 @@ def group_rows(ids_TK: Tensor, num_experts: int, pad: bool, most_rows: int | Non
         num_experts: E.
         pad: to few sizes (see `padded`), or not.
         most_rows: of a group; an expert with more has several.
-        rows_in_one_call: per expert, on average, up to which the groups get `ends_E`.
+        rows_in_one_call: without padding, per expert, on average, up to which the groups get `ends_E`.
     """
     sorted_S, slot_S = ids_TK.reshape(-1).sort(stable=True)
     ends_E = torch.searchsorted(sorted_S, torch.arange(num_experts), right=True, out_int32=True)
@@ -118,7 +118,7 @@ def group_rows(ids_TK: Tensor, num_experts: int, pad: bool, most_rows: int | Non
         row_S += padding.cumsum(0)[:-1].repeat_interleave(torch.tensor(counts))
         slot_P = torch.full((rows,), slots).scatter_(0, row_S, slot_S)
     row_TK = torch.full((slots,), rows).scatter_(0, slot_S, row_S).view(ids_TK.shape)
-    few = 0 < rows <= rows_in_one_call * num_experts
+    few = 0 < filled <= rows_in_one_call * num_experts
     if few and rows > filled:
         rows_E = [0] * num_experts
         for expert, size in zip(experts, sizes, strict=True):

@@ -20,7 +20,7 @@ from .huge_pages import empty
 RUN_ROWS = 2048  # of groups that take each step together: weights are read in their order, rows stay near
 _SWAPPED = {torch.bfloat16: range(1, 513), torch.float32: range(16, 129)}  # rows of a group; measured
 # Rows per expert, at inference and where a backward follows; measured, but for fp16.
-_IN_ONE_CALL = {torch.bfloat16: (16, 4), torch.float16: (16, 4), torch.float32: (16, 16)}
+_IN_ONE_CALL = {torch.bfloat16: (24, 16), torch.float16: (24, 16), torch.float32: (16, 16)}
 _CACHED_VALUES = 1 << 16  # of rows in pointwise work: five such buffers of bf16 fill a third of 2 MB
 
 
