@@ -21,7 +21,7 @@ from .expert_products import (
     room_for_rows,
     sum_rows,
     with_empty_row,
-)  # fmt: skip
+)
 from .huge_pages import empty, zeros
 
 _FEW_ROWS = 32  # per group, up to which oneDNN is faster with a transposed copy of the left factor
@@ -175,7 +175,7 @@ def _sum_groups(rows: Tensor, run: Run, into: Tensor) -> None:
 
 
 def _parameters_in_one_call(layer: ExpertLayer, plan: Groups, run: Run, rows: _Rows, needed: Sequence[bool]) -> ExpertWeights:
-    """The parameters' gradients, in one call each where that leaves no large memory unwritten (see `_room_for`)."""
+    """The parameters' gradients: in one call each, but for bf16 (`_FEW_ROWS`) and where memory is best left (`_room_for`)."""
     up, down, *_ = layer.weights
     few_idle = 2 * len(plan.experts) > layer.num_experts
     needs_up, needs_down, *need_biases = needed
