@@ -9,7 +9,8 @@ What it does otherwise than Transformers' `grouped_mm`:
 - Pointwise work is done in blocks of rows that stay in the cache.
 - The weighted sum over a token's experts reads the rows where they are, without copies of `[T·K, D]`.
 - At inference what is between the products is stored column by column, so that weights need not be copied into another order.
-- Groups of some 20 rows or fewer take each product in one call for all, so that Python does not show; the gradient of an expert without rows is not written at all.
+- Groups of some 20 rows or fewer take each product in one call for all, so that Python does not show.
+- The gradient of an expert without rows is not written at all.
 - A single token is multiplied with its experts' weights as they lie, without sorting or copying.
 
 Letters as in `expert_products`.
