@@ -94,7 +94,7 @@ def _one_token(layer: ExpertLayer, x_1D: Tensor, ids_1K: Tensor, weights_1K: Ten
         weights_1K = weights_1K[ids_1K < layer.num_experts].unsqueeze(0)
     hidden, activated, outputs = (x_1D.new_empty(len(experts), size) for size in (width_up, width, hidden_size))
     up, down, up_bias, down_bias = layer.weights
-    (x_D,) = x_1D
+    x_D = x_1D[0]
     for up_HD, row in zip(pick(up.transpose(1, 2), experts), hidden.unbind(), strict=True):
         torch.mv(up_HD, x_D, out=row)
     if up_bias is not None:

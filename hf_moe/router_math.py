@@ -62,10 +62,9 @@ class _Project(torch.autograd.Function):
 
 def _product(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """`x Wᵀ` in the weight's precision; on CPU block by block, so that the copy of x never reaches the main memory."""
-    blocks = x_TD.split(_BLOCK)
-    if len(blocks) < 2 or x_TD.device.type != "cpu":
+    if len(x_TD) <= _BLOCK or x_TD.device.type != "cpu":
         return F.linear(x_TD.to(weight_ED.dtype), weight_ED)
-    return torch.cat([F.linear(block.to(weight_ED.dtype), weight_ED) for block in blocks])
+    return torch.cat([F.linear(block.to(weight_ED.dtype), weight_ED) for block in x_TD.split(_BLOCK)])
 
 
 def softmax(scores: Tensor) -> Tensor:
