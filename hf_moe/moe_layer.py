@@ -84,7 +84,6 @@ class MoELayer(nn.Module):
 
         self.gate = ROUTERS[config.router_type](config, hidden_size, self.num_experts)
         # read at every call, so kept here: attributes of a config are slow to read
-        self.reads_token_ids = config.router_type == "hash"
         self.capacity_factor = None if self.sparse_slots else config.capacity_factor
         self.eval_capacity_factor = None if self.sparse_slots else config.eval_capacity_factor
         self.has_dense_part = bool(config.num_shared_experts or config.residual_moe)
@@ -139,7 +138,7 @@ class MoELayer(nn.Module):
         record = current_record()
         x_TD = hidden_states.reshape(-1, self.hidden_size)
         token_mask_T = None if record is None else _flat(record.token_mask, x_TD, "token_mask")
-        token_ids_T = _flat(record.input_ids, x_TD, "input_ids") if self.reads_token_ids and record is not None else None
+        token_ids_T = None if record is None else _flat(record.input_ids, x_TD, "input_ids")
         routing: Routing = self.gate(x_TD, token_mask_T, token_ids_T)
         capacity_factor = self.capacity_factor if self.training else self.eval_capacity_factor
         rows_per_expert = None
