@@ -178,16 +178,13 @@ def _parameters_in_one_call(layer: ExpertLayer, plan: Groups, run: Run, rows: _R
     """The parameters' gradients: in one call each, but for bf16 (`_FEW_ROWS`) and where memory is best left (`_room_for`)."""
     up, down, *_ = layer.weights
     few_idle = 2 * len(plan.experts) > layer.num_experts
+    one_call = few_idle and not layer.compiles_shapes and max(up.nbytes, down.nbytes) <= _REUSED
     needs_up, needs_down, *need_biases = needed
-    if layer.compiles_shapes or not few_idle or max(up.nbytes, down.nbytes) > _REUSED:
-        found = _rooms(layer, plan, needed)
-        _add_parameters(layer, run, rows, found)
-        return found
-    found = _rooms(layer, plan, (False, False, *need_biases))
+    found = _rooms(layer, plan, (needs_up and not one_call, needs_down and not one_call, *need_biases))
     _add_parameters(layer, run, rows, found)
-    if needs_up:
+    if one_call and needs_up:
         found = found._replace(up=_product_like(up, rows.inputs, rows.grad_hidden, plan))
-    if needs_down:
+    if one_call and needs_down:
         found = found._replace(down=_product_like(down, rows.activated, rows.grads, plan))
     return found
 
@@ -201,8 +198,6 @@ def _product_like(weight: Tensor, left: Tensor, right: Tensor, plan: Groups) -> 
 
 def _rooms(layer: ExpertLayer, plan: Groups, needed: Sequence[bool]) -> ExpertWeights:
     """Memory for the parameters' gradients, 0 where experts have no rows; `None` for those that need none."""
-    if not any(needed):
-        return ExpertWeights(*(None,) * 4)  # type: ignore[arg-type]
     idle = set(range(layer.num_experts)).difference(plan.experts)
     pairs = zip(layer.weights, needed, strict=True)
     return ExpertWeights(*(_room_for(weight, idle) if needs and weight is not None else None for weight, needs in pairs))  # type: ignore[arg-type]

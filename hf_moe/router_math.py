@@ -16,7 +16,8 @@ from torch.nn import functional as F
 _NO_CONTEXT = nullcontext()
 _BLOCK = 256  # rows of x whose copy in fp32 stays in a core's cache
 _LOWEST = -1e4  # a logit so far below the largest has the probability 0
-_NARROW, _FEW = 16, 256  # columns of a row that are fewer than a vector register holds; values that do not matter
+_NARROW = 16  # columns; fewer do not fill a vector register
+_SMALL = 256  # values, up to which turning them over costs more than it saves
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -69,7 +70,7 @@ def _product(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 
 def softmax(scores: Tensor) -> Tensor:
     """`scores.softmax(dim=-1)`; on CPU rows of a few columns are turned over, which torch else takes one value at a time."""
-    if scores.shape[-1] >= _NARROW or scores.numel() <= _FEW or scores.device.type != "cpu" or torch.compiler.is_compiling():
+    if scores.shape[-1] >= _NARROW or scores.numel() <= _SMALL or scores.device.type != "cpu" or torch.compiler.is_compiling():
         return scores.softmax(dim=-1)
     return scores.movedim(-1, 0).softmax(dim=0).movedim(0, -1).contiguous()
 
