@@ -22,7 +22,7 @@ from .expert_products import (
     sum_rows,
     with_empty_row,
 )
-from .huge_pages import empty, zeros
+from .large_buffers import empty, zeros
 
 _FEW_ROWS = 32  # per group, up to which oneDNN is faster with a transposed copy of the left factor
 _REUSED = 32 << 20  # bytes; what the C library hands out again, so that zeros for some experts are less than to have it new
@@ -207,7 +207,7 @@ def _room_for(weight: Tensor, idle: set[int]) -> Tensor:
     """For the gradient of a stack of experts, in the layout of the parameter of which `weight` is a view; 0 of the idle."""
     transposed = weight.dim() == 3 and weight.stride(1) == 1
     like = weight.transpose(1, 2) if transposed else weight
-    if 2 * len(idle) >= len(like) or (idle and like.nbytes > _REUSED):
+    if 2 * len(idle) >= len(like):
         room = zeros(like, *like.shape)
     else:
         room = empty(like, *like.shape)

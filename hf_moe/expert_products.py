@@ -14,11 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .expert_activation import Activation
-from .expert_groups import Groups, Run
-from .huge_pages import empty
+from .expert_groups import HAS_TILES, Groups, Run
+from .large_buffers import empty
 
 RUN_ROWS = 2048  # of groups that take each step together: weights are read in their order, rows stay near
-_SWAPPED = {torch.bfloat16: range(1, 513), torch.float32: range(16, 129)}  # rows of a group; measured
+# Precisions in which torch's `mv` is not the fastest for a vector: oneDNN's product leaves tiles nearly empty, but takes half
+# the time where there are none.
+_VECTORS_BY_MM = {torch.bfloat16} if torch.cpu.get_capabilities().get("avx512_bf16") and not HAS_TILES else set()
+# Rows of a group, see `ExpertLayer.between`; measured. Without tiles (AMD) fp32 takes up to 1.2 times as long this way.
+_SWAPPED = {torch.bfloat16: range(1, 513), torch.float32: range(16, 129) if HAS_TILES else range(0)}
 # Rows per expert, at inference and where a backward follows; measured, but for fp16.
 _IN_ONE_CALL = {torch.bfloat16: (24, 16), torch.float16: (24, 16), torch.float32: (16, 16)}
 _CACHED_VALUES = 1 << 16  # of rows in pointwise work: five such buffers of bf16 fill a third of 2 MB
@@ -87,7 +91,12 @@ class ExpertLayer(NamedTuple):
             out: `[rows of the run, other]`, in the precision of the products.
             run: whose groups they are.
         """
-        multiply(run.split(rows), self.matrices(stack, run.experts), run.split(out))
+        vectors = len(run) == len(run.sizes) and rows.dtype == stack.dtype == out.dtype
+        if vectors and rows.dtype not in _VECTORS_BY_MM:
+            for matrix, row, into in zip(pick(stack.transpose(1, 2), run.experts), rows.unbind(), out.unbind(), strict=True):
+                torch.mv(matrix, row, out=into)
+        else:
+            multiply(run.split(rows), self.matrices(stack, run.experts), run.split(out))
 
     def matrices(self, stack: Tensor, experts: list[int]) -> Iterable[Tensor]:
         """Those of the experts, in the precision of the products, one at a time where that takes a copy."""

@@ -10,7 +10,8 @@ What it does otherwise than Transformers' `grouped_mm`:
 - The weighted sum over a token's experts reads the rows where they are, without copies of `[T·K, D]`.
 - At inference what is between the products is stored column by column, so that weights need not be copied into another order.
 - Groups of some 20 rows or fewer take each product in one call for all, so that Python does not show.
-- The gradient of an expert without rows is not written at all.
+- Large buffers, the parameters' gradients among them, take memory that others had before: new pages cost more than products.
+- The gradients of experts without rows are not written at all where these are most.
 - A single token is multiplied with its experts' weights as they lie, without sorting or copying.
 
 Letters as in `expert_products`.
@@ -28,8 +29,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from .expert_activation import KERNELS, Activation
 from .expert_backward import Given, backward
 from .expert_groups import Groups, Run, group_rows
-from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, pick, room_for_rows, sum_rows, with_empty_row
-from .huge_pages import empty
+from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, room_for_rows, sum_rows, with_empty_row
+from .large_buffers import empty
 from .router_math import without_autocast
 
 NAME = "hf_moe"
@@ -94,16 +95,12 @@ def _one_token(layer: ExpertLayer, x_1D: Tensor, ids_1K: Tensor, weights_1K: Ten
         weights_1K = weights_1K[ids_1K < layer.num_experts].unsqueeze(0)
     hidden, activated, outputs = (x_1D.new_empty(len(experts), size) for size in (width_up, width, hidden_size))
     up, down, up_bias, down_bias = layer.weights
-    x_D = x_1D[0]
-    for up_HD, row in zip(pick(up.transpose(1, 2), experts), hidden.unbind(), strict=True):
-        torch.mv(up_HD, x_D, out=row)
-    if up_bias is not None:
-        hidden += up_bias[experts]
+    run = Run(0, len(experts), experts, [1] * len(experts))
+    layer.multiply(x_1D.expand(len(experts), -1), up, hidden, run)
+    _add_bias(hidden, up_bias, run)
     layer.activation.forward(hidden, activated)
-    for down_DF, given, row in zip(pick(down.transpose(1, 2), experts), activated.unbind(), outputs.unbind(), strict=True):
-        torch.mv(down_DF, given, out=row)
-    if down_bias is not None:
-        outputs += down_bias[experts]
+    layer.multiply(activated, down, outputs, run)
+    _add_bias(outputs, down_bias, run)
     return torch.mm(weights_1K.to(x_1D.dtype), outputs)
 
 
