@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .expert_groups import Groups, Run
+from .expert_groups import HAS_TILES, Groups, Run
 from .expert_products import (
     RUN_ROWS,
     ExpertLayer,
@@ -22,10 +22,9 @@ from .expert_products import (
     sum_rows,
     with_empty_row,
 )
-from .large_buffers import empty, zeros
+from .large_buffers import HUGE_PAGE, empty, zeros
 
-_FEW_ROWS = 32  # per group, up to which oneDNN is faster with a transposed copy of the left factor
-_REUSED = 32 << 20  # bytes; what the C library hands out again, so that zeros for some experts are less than to have it new
+_FEW_ROWS = 32  # per group, up to which oneDNN with tiles is faster with a transposed copy of the left factor
 
 
 class Gradients(NamedTuple):
@@ -117,7 +116,7 @@ def _run_by_run(
 def _in_one_call(
     layer: ExpertLayer, plan: Groups, given: Given, needs_x: bool, need_parameters: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor, ExpertWeights]:
-    """The same for few rows, where what costs is the number of operations: each product is one, of all experts."""
+    """The same for few rows, where what costs is the number of operations: products with weights are one for all experts."""
     x_TD, weights_TK, hidden_PH, grad_TD = given
     up, down, *_ = layer.weights
     (run,) = plan.runs(len(plan))
@@ -127,7 +126,8 @@ def _in_one_call(
     between = grad_activated, torch.empty_like(grad_activated), torch.empty_like(hidden_PH)
     rows = _Rows(inputs, grads, _weights_of_rows(weights_TK, plan), hidden_PH, *between)
     grad_weight_P = _through_activation(layer, run, rows)
-    found = _parameters_in_one_call(layer, plan, run, rows, need_parameters)
+    found = _rooms(layer, plan, need_parameters)
+    _add_parameters(layer, run, rows, found)
     grad_x_PD = F.grouped_mm(rows.grad_hidden, up.transpose(1, 2), offs=plan.ends_E) if needs_x else None
     return None if grad_x_PD is None else with_empty_row(grad_x_PD, plan), with_empty_row(grad_weight_P, plan), found
 
@@ -160,7 +160,7 @@ def _add_parameters(layer: ExpertLayer, run: Run, rows: _Rows, found: ExpertWeig
         if stack.stride(1) == 1:  # the parameter is stored the other way round, and so is its gradient
             stack, left, right = stack.transpose(1, 2), right, left
         left_t = left.t()
-        if layer.compiles_shapes and len(run) <= _FEW_ROWS * len(run.sizes):
+        if layer.compiles_shapes and HAS_TILES and len(run) <= _FEW_ROWS * len(run.sizes):
             left_t = left_t.contiguous()
         multiply(run.split(left_t, dim=1), run.split(right), pick(stack, run.experts))
     if found.down_bias is not None:
@@ -174,28 +174,6 @@ def _sum_groups(rows: Tensor, run: Run, into: Tensor) -> None:
         into[expert] = part.sum(0)
 
 
-def _parameters_in_one_call(layer: ExpertLayer, plan: Groups, run: Run, rows: _Rows, needed: Sequence[bool]) -> ExpertWeights:
-    """The parameters' gradients: in one call each, but for bf16 (`_FEW_ROWS`) and where memory is best left (`_room_for`)."""
-    up, down, *_ = layer.weights
-    few_idle = 2 * len(plan.experts) > layer.num_experts
-    one_call = few_idle and not layer.compiles_shapes and max(up.nbytes, down.nbytes) <= _REUSED
-    needs_up, needs_down, *need_biases = needed
-    found = _rooms(layer, plan, (needs_up and not one_call, needs_down and not one_call, *need_biases))
-    _add_parameters(layer, run, rows, found)
-    if one_call and needs_up:
-        found = found._replace(up=_product_like(up, rows.inputs, rows.grad_hidden, plan))
-    if one_call and needs_down:
-        found = found._replace(down=_product_like(down, rows.activated, rows.grads, plan))
-    return found
-
-
-def _product_like(weight: Tensor, left: Tensor, right: Tensor, plan: Groups) -> Tensor:
-    """`leftᵀ @ right` of each expert's rows, in the layout of the parameter of which `weight` is a view; 0 of the idle."""
-    if weight.stride(1) == 1:
-        return F.grouped_mm(right.t(), left, offs=plan.ends_E).transpose(1, 2)
-    return F.grouped_mm(left.t(), right, offs=plan.ends_E)
-
-
 def _rooms(layer: ExpertLayer, plan: Groups, needed: Sequence[bool]) -> ExpertWeights:
     """Memory for the parameters' gradients, 0 where experts have no rows; `None` for those that need none."""
     idle = set(range(layer.num_experts)).difference(plan.experts)
@@ -207,10 +185,11 @@ def _room_for(weight: Tensor, idle: set[int]) -> Tensor:
     """For the gradient of a stack of experts, in the layout of the parameter of which `weight` is a view; 0 of the idle."""
     transposed = weight.dim() == 3 and weight.stride(1) == 1
     like = weight.transpose(1, 2) if transposed else weight
-    if 2 * len(idle) >= len(like):
+    if 4 * (len(like) - len(idle)) * max(like[0].nbytes, HUGE_PAGE) <= like.nbytes:  # of all pages few are written to
         room = zeros(like, *like.shape)
     else:
         room = empty(like, *like.shape)
-        for expert in idle:
-            room[expert].zero_()
+        many = 2 * len(idle) > len(like)
+        for part in [room] if many else [room[expert] for expert in idle]:
+            part.zero_()
     return room.transpose(1, 2) if transposed else room

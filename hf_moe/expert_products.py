@@ -24,8 +24,13 @@ _VECTORS_BY_MM = {torch.bfloat16} if torch.cpu.get_capabilities().get("avx512_bf
 # Rows of a group, see `ExpertLayer.between`; measured. Without tiles (AMD) fp32 takes up to 1.2 times as long this way.
 _SWAPPED = {torch.bfloat16: range(1, 513), torch.float32: range(16, 129) if HAS_TILES else range(0)}
 # Rows per expert, at inference and where a backward follows; measured, but for fp16.
-_IN_ONE_CALL = {torch.bfloat16: (24, 16), torch.float16: (24, 16), torch.float32: (16, 16)}
-_CACHED_VALUES = 1 << 16  # of rows in pointwise work: five such buffers of bf16 fill a third of 2 MB
+_IN_ONE_CALL = (
+    {torch.bfloat16: (24, 16), torch.float16: (24, 16), torch.float32: (16, 16)}
+    if HAS_TILES
+    else dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), (64, 64))
+)
+# Values of rows in pointwise work; measured: five such buffers of bf16 fill a third of 2 MB, or stay in a third cache.
+_CACHED_VALUES = 1 << (16 if HAS_TILES else 18)
 
 
 class ExpertWeights(NamedTuple):

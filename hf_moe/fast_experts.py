@@ -9,7 +9,7 @@ What it does otherwise than Transformers' `grouped_mm`:
 - Pointwise work is done in blocks of rows that stay in the cache.
 - The weighted sum over a token's experts reads the rows where they are, without copies of `[T·K, D]`.
 - At inference what is between the products is stored column by column, so that weights need not be copied into another order.
-- Groups of some 20 rows or fewer take each product in one call for all, so that Python does not show.
+- Groups of few rows take each product in one call for all, so that Python does not show.
 - Large buffers, the parameters' gradients among them, take memory that others had before: new pages cost more than products.
 - The gradients of experts without rows are not written at all where these are most.
 - A single token is multiplied with its experts' weights as they lie, without sorting or copying.
@@ -135,7 +135,9 @@ def _in_one_call(layer: ExpertLayer, plan: Groups, x_TD: Tensor) -> tuple[Tensor
     (run,) = plan.runs(len(plan))
     hidden = F.grouped_mm(x_TD.index_select(0, plan.tokens()), up, offs=plan.ends_E)
     _add_bias(hidden, up_bias, run)
-    activated = layer.activation.forward(hidden, hidden.new_empty(len(plan), layer.widths[2]))
+    activated = hidden.new_empty(len(plan), layer.widths[2])
+    for given, into in cached_parts(hidden, activated):
+        layer.activation.forward(given, into)
     outputs = F.grouped_mm(activated, down, offs=plan.ends_E)
     _add_bias(outputs, down_bias, run)
     return with_empty_row(outputs, plan), hidden

@@ -19,7 +19,8 @@ import weakref
 import torch
 from torch import Tensor
 
-_LARGE = 4 << 20  # bytes
+HUGE_PAGE = 2 << 20  # bytes, on most machines
+_LARGE = 2 * HUGE_PAGE
 
 
 class _Kept:
@@ -65,7 +66,7 @@ def empty(like: Tensor, *shape: int) -> Tensor:
     nbytes = count * like.element_size()
     if not _is_large(like, nbytes):
         return like.new_empty(shape)
-    step = 1 << max(21, nbytes.bit_length() - 4)  # a few sizes only, since rows are a few more or less at every call
+    step = max(HUGE_PAGE, 1 << nbytes.bit_length() - 4)  # a few sizes only, since rows are a few more or less at every call
     memory = _KEPT.take(-(-nbytes // step) * step)
     view = memoryview(memory)  # what the tensor holds until it dies
     weakref.finalize(view, _KEPT.put, memory).atexit = False
