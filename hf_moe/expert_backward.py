@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .expert_groups import HAS_TILES, Groups, Run
+from .cpu_tuning import tuning
+from .expert_groups import Groups, Run
 from .expert_products import (
     RUN_ROWS,
     ExpertLayer,
@@ -23,8 +24,6 @@ from .expert_products import (
     with_empty_row,
 )
 from .large_buffers import HUGE_PAGE, empty, zeros
-
-_FEW_ROWS = 32  # per group, up to which oneDNN with tiles is faster with a transposed copy of the left factor
 
 
 class Gradients(NamedTuple):
@@ -123,7 +122,7 @@ def _in_one_call(
     tokens_P = plan.tokens()
     inputs, grads = x_TD.index_select(0, tokens_P), grad_TD.index_select(0, tokens_P)
     grad_activated = F.grouped_mm(grads, down.transpose(1, 2), offs=plan.ends_E)
-    between = grad_activated, torch.empty_like(grad_activated), torch.empty_like(hidden_PH)
+    between = grad_activated, *(empty(like, *like.shape) for like in (grad_activated, hidden_PH))
     rows = _Rows(inputs, grads, _weights_of_rows(weights_TK, plan), hidden_PH, *between)
     grad_weight_P = _through_activation(layer, run, rows)
     found = _rooms(layer, plan, need_parameters)
@@ -160,7 +159,7 @@ def _add_parameters(layer: ExpertLayer, run: Run, rows: _Rows, found: ExpertWeig
         if stack.stride(1) == 1:  # the parameter is stored the other way round, and so is its gradient
             stack, left, right = stack.transpose(1, 2), right, left
         left_t = left.t()
-        if layer.compiles_shapes and HAS_TILES and len(run) <= _FEW_ROWS * len(run.sizes):
+        if layer.compiles_shapes and len(run) <= tuning().transposed_copy * len(run.sizes):
             left_t = left_t.contiguous()
         multiply(run.split(left_t, dim=1), run.split(right), pick(stack, run.experts))
     if found.down_bias is not None:
@@ -189,7 +188,6 @@ def _room_for(weight: Tensor, idle: set[int]) -> Tensor:
         room = zeros(like, *like.shape)
     else:
         room = empty(like, *like.shape)
-        many = 2 * len(idle) > len(like)
-        for part in [room] if many else [room[expert] for expert in idle]:
+        for part in [room] if 2 * len(idle) > len(like) else [room[expert] for expert in idle]:
             part.zero_()
     return room.transpose(1, 2) if transposed else room

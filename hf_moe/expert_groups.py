@@ -19,7 +19,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-HAS_TILES: bool = torch.cpu.get_capabilities().get("amx_bf16", False)  # matrix units that take 16 rows at a time
+from .cpu_tuning import tuning
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,12 @@ def padded(count: int) -> int:
 
     oneDNN, which multiplies bf16 matrices on CPUs, compiles a kernel for every shape it meets and keeps the last 1024. In
     routing, sizes that were never seen are the rule. These are 100 up to 4096, and less than a fifth of one is padding. Where
-    matrix units take 16 rows at a time whatever they hold, they are filled, and 95 sizes are left.
+    tiles take 16 rows at a time whatever they hold, they are filled, and 95 sizes are left.
     """
     if count <= 16:
         return count
     step = 4 if count <= 32 else 8 if count <= 64 else 16 if count <= 256 else 32 if count <= 512 else 64
-    if HAS_TILES:
-        step = max(step, 16)
+    step = max(step, tuning().padded_to)
     return -(-count // step) * step
 
 

@@ -13,24 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cpu_tuning import tuning
 from .expert_activation import Activation
-from .expert_groups import HAS_TILES, Groups, Run
+from .expert_groups import Groups, Run
 from .large_buffers import empty
 
 RUN_ROWS = 2048  # of groups that take each step together: weights are read in their order, rows stay near
-# Precisions in which torch's `mv` is not the fastest for a vector: oneDNN's product leaves tiles nearly empty, but takes half
-# the time where there are none.
-_VECTORS_BY_MM = {torch.bfloat16} if torch.cpu.get_capabilities().get("avx512_bf16") and not HAS_TILES else set()
-# Rows of a group, see `ExpertLayer.between`; measured. Without tiles (AMD) fp32 takes up to 1.2 times as long this way.
-_SWAPPED = {torch.bfloat16: range(1, 513), torch.float32: range(16, 129) if HAS_TILES else range(0)}
-# Rows per expert, at inference and where a backward follows; measured, but for fp16.
-_IN_ONE_CALL = (
-    {torch.bfloat16: (24, 16), torch.float16: (24, 16), torch.float32: (16, 16)}
-    if HAS_TILES
-    else dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), (64, 64))
-)
-# Values of rows in pointwise work; measured: five such buffers of bf16 fill a third of 2 MB, or stay in a third cache.
-_CACHED_VALUES = 1 << (16 if HAS_TILES else 18)
 
 
 class ExpertWeights(NamedTuple):
@@ -85,7 +73,8 @@ class ExpertLayer(NamedTuple):
         up, down, *_ = self.weights
         steps = [*self.widths, *(step for stack in (up, down) for step in stack.stride() if step != 1)]
         aligned = all(step * up.itemsize % 16 == 0 for step in steps) and 1 in up.stride()[1:] and 1 in down.stride()[1:]
-        return _IN_ONE_CALL.get(self.dtype, (0, 0))[keep] if up.dtype == down.dtype == self.dtype and aligned else 0
+        takes = up.dtype == down.dtype == self.dtype and aligned
+        return tuning().rows_in_one_call.get(self.dtype, (0, 0))[keep] if takes else 0
 
     def multiply(self, rows: Tensor, stack: Tensor, out: Tensor, run: Run) -> None:
         """`out[i] = rows[i] @ stack[e]`, with e the expert of row i.
@@ -97,7 +86,7 @@ class ExpertLayer(NamedTuple):
             run: whose groups they are.
         """
         vectors = len(run) == len(run.sizes) and rows.dtype == stack.dtype == out.dtype
-        if vectors and rows.dtype not in _VECTORS_BY_MM:
+        if vectors and rows.dtype not in tuning().vectors_by_mm:
             for matrix, row, into in zip(pick(stack.transpose(1, 2), run.experts), rows.unbind(), out.unbind(), strict=True):
                 torch.mv(matrix, row, out=into)
         else:
@@ -116,7 +105,7 @@ class ExpertLayer(NamedTuple):
         """
         width = room.shape[1]
         flat = room.view(-1)[: rows * width]
-        swapped = rows in _SWAPPED.get(self.dtype, ()) and self.weights.up.stride(1) == 1
+        swapped = rows in tuning().swapped.get(self.dtype, ()) and self.weights.up.stride(1) == 1
         return flat.view(width, rows).t() if swapped else flat.view(rows, width)
 
 
@@ -140,7 +129,7 @@ def multiply(left: Iterable[Tensor], right: Iterable[Tensor], out: Iterable[Tens
 def cached_parts(*blocks: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Blocks of the same rows in parts that stay in the cache of a core."""
     rows, width = blocks[0].shape
-    step = max(16, _CACHED_VALUES // width)
+    step = max(16, tuning().cached_values // width)
     return [blocks] if rows <= step or blocks[0].stride(1) != 1 else zip(*(block.split(step) for block in blocks), strict=True)
 
 

@@ -135,7 +135,7 @@ def _in_one_call(layer: ExpertLayer, plan: Groups, x_TD: Tensor) -> tuple[Tensor
     (run,) = plan.runs(len(plan))
     hidden = F.grouped_mm(x_TD.index_select(0, plan.tokens()), up, offs=plan.ends_E)
     _add_bias(hidden, up_bias, run)
-    activated = hidden.new_empty(len(plan), layer.widths[2])
+    activated = empty(hidden, len(plan), layer.widths[2])
     for given, into in cached_parts(hidden, activated):
         layer.activation.forward(given, into)
     outputs = F.grouped_mm(activated, down, offs=plan.ends_E)

@@ -14,7 +14,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from hf_moe import MoEConfig, expert_groups, expert_products
+from hf_moe import MoEConfig, cpu_tuning
+from hf_moe.cpu_tuning import WITH_TILES, WITHOUT_TILES, Tuning
 from hf_moe.expert_groups import group_rows, padded
 from hf_moe.experts import Experts
 from hf_moe.fast_experts import NAME, experts_forward, takes
@@ -315,7 +316,7 @@ def test_groups(pad: bool, most_rows: int | None) -> None:
 
 
 def test_groups_of_few_rows_may_be_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_groups, "HAS_TILES", True)
+    monkeypatch.setattr(cpu_tuning, "_TUNING", WITH_TILES)
     ids = torch.tensor([[3, 1], [1, 4], [3, 1]])  # 4 is empty
     plan = group_rows(ids, 4, pad=True, rows_in_one_call=4)
     assert plan.ends_E is not None
@@ -349,24 +350,23 @@ def test_few_rows_of_which_one_expert_has_most(kind: tuple[str, bool, bool], dty
     check(module, x, ids, weights, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("tiles", [False, True])
-def test_sizes_are_few_and_not_much_larger(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_groups, "HAS_TILES", tiles)
+@pytest.mark.parametrize("tuning", [WITH_TILES, WITHOUT_TILES], ids=["tiles", "no_tiles"])
+def test_sizes_are_few_and_not_much_larger(tuning: Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_tuning, "_TUNING", tuning)
     sizes = {padded(count) for count in range(1, 4097)}
     assert len(sizes) <= 100
     assert all(count <= padded(count) <= max(count + 15, 1.125 * count) for count in range(1, 4097))
-    assert tiles or all(padded(count) < 1.25 * count for count in range(1, 4097))
+    assert tuning is WITH_TILES or all(padded(count) < 1.25 * count for count in range(1, 4097))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [1, 40, 200])
-@pytest.mark.parametrize("tiles", [False, True])
-def test_on_any_cpu(tiles: bool, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is chosen by the CPU's matrix units is right on a CPU with others."""
-    monkeypatch.setattr(expert_groups, "HAS_TILES", tiles)
-    monkeypatch.setattr(expert_products, "_VECTORS_BY_MM", set() if tiles else {dtype})
-    monkeypatch.setattr(expert_products, "_SWAPPED", {dtype: range(1, 513)} if tiles else {})
+@pytest.mark.parametrize("tokens", [1, 40, 200, 1500])
+@pytest.mark.parametrize("tuning", [WITH_TILES, WITHOUT_TILES], ids=["tiles", "no_tiles"])
+def test_on_any_cpu(tuning: Tuning, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fast on one CPU is right on another."""
+    monkeypatch.setattr(cpu_tuning, "_TUNING", tuning)
     torch.manual_seed(tokens)
-    module = build(4, 16, 24, ("silu", True, True), dtype)
-    for empty_slots in (False, True):
-        check(module, *inputs(tokens, 2, 4, 16, dtype, empty_slots), TOLERANCE[dtype])
+    for kind in KINDS[:2]:
+        module = build(4, 16, 24, kind, dtype)
+        for empty_slots in (False, True):
+            check(module, *inputs(tokens, 2, 4, 16, dtype, empty_slots), TOLERANCE[dtype])
