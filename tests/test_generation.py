@@ -80,7 +80,8 @@ def test_generated_outputs() -> None:
     model.generation_config.max_new_tokens = 3
     outputs = model.generate(ids, return_dict_in_generate=True, output_scores=True, output_logits=True, do_sample=False)
     assert outputs.sequences.shape == (2, 13)
-    assert torch.equal(outputs.logits[0], model(input_ids=ids).logits[:, -1])
+    # of the last token alone, as `generate` asks for: how MKL rounds depends on the number of rows on an AMD
+    assert torch.equal(outputs.logits[0], model(input_ids=ids, logits_to_keep=1).logits[:, -1])
 
 
 def test_assisted() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import mmap
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,6 +19,8 @@ LARGE = (1200, 1100)
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> _Kept:
+    if sys.platform != "linux":
+        pytest.skip("memory is kept on Linux only")
     kept = _Kept(most=64 << 20)
     monkeypatch.setattr(large_buffers, "_KEPT", kept)
     return kept
