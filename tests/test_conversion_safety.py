@@ -414,6 +414,15 @@ def test_commands_are_killed(dense: Path, tmp_path: Path) -> None:
     assert tree(destination) == expected
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """What a shell starts in the background ignores SIGINT, and so does all that is started from there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_interrupted(dense: Path, tmp_path: Path) -> None:
     """Ctrl-C: one line, and the same command goes on."""
     destination = tmp_path / "moe"
