@@ -97,6 +97,11 @@ class ExpertLayer(NamedTuple):
         parts = pick(stack, experts)
         return parts if stack.dtype == self.dtype else (part.to(self.dtype) for part in parts)
 
+    def activate(self, hidden: Tensor, out: Tensor) -> None:
+        """The pointwise part, `[rows, H]` to `[rows, F]`, in blocks that stay in a cache."""
+        for part, into in cached_parts(hidden, out):
+            self.activation.forward(part, into)
+
     def between(self, room: Tensor, rows: int) -> Tensor:
         """`[rows, any]` in `room`, for what is between the products: stored column by column where that is faster.
 

@@ -29,7 +29,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from .expert_activation import KERNELS, Activation
 from .expert_backward import Given, backward
 from .expert_groups import Groups, Run, group_rows
-from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, cached_parts, room_for_rows, sum_rows, with_empty_row
+from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, room_for_rows, sum_rows, with_empty_row
 from .large_buffers import empty
 from .router_math import without_autocast
 
@@ -94,13 +94,9 @@ def _one_token(layer: ExpertLayer, x_1D: Tensor, ids_1K: Tensor, weights_1K: Ten
     if len(experts) < ids_1K.shape[1]:
         weights_1K = weights_1K[ids_1K < layer.num_experts].unsqueeze(0)
     hidden, activated, outputs = (x_1D.new_empty(len(experts), size) for size in (width_up, width, hidden_size))
-    up, down, up_bias, down_bias = layer.weights
     run = Run(0, len(experts), experts, [1] * len(experts))
-    layer.multiply(x_1D.expand(len(experts), -1), up, hidden, run)
-    _add_bias(hidden, up_bias, run)
-    layer.activation.forward(hidden, activated)
-    layer.multiply(activated, down, outputs, run)
-    _add_bias(outputs, down_bias, run)
+    _row_by_row(layer, run, x_1D.expand(len(experts), -1), hidden, activated, outputs)
+    _add_bias(outputs, layer.weights.down_bias, run)
     return torch.mm(weights_1K.to(x_1D.dtype), outputs)
 
 
@@ -136,8 +132,7 @@ def _in_one_call(layer: ExpertLayer, plan: Groups, x_TD: Tensor) -> tuple[Tensor
     hidden = F.grouped_mm(x_TD.index_select(0, plan.tokens()), up, offs=plan.ends_E)
     _add_bias(hidden, up_bias, run)
     activated = empty(hidden, len(plan), layer.widths[2])
-    for given, into in cached_parts(hidden, activated):
-        layer.activation.forward(given, into)
+    layer.activate(hidden, activated)
     outputs = F.grouped_mm(activated, down, offs=plan.ends_E)
     _add_bias(outputs, down_bias, run)
     return with_empty_row(outputs, plan), hidden
@@ -147,8 +142,7 @@ def _row_by_row(layer: ExpertLayer, run: Run, inputs: Tensor, hidden: Tensor, ac
     """Fill the last three of a run, all `[rows, …]`."""
     layer.multiply(inputs, layer.weights.up, hidden, run)
     _add_bias(hidden, layer.weights.up_bias, run)
-    for given, into in cached_parts(hidden, activated):
-        layer.activation.forward(given, into)
+    layer.activate(hidden, activated)
     layer.multiply(activated, layer.weights.down, outputs, run)
 
 
@@ -168,8 +162,7 @@ def _column_by_column(layer: ExpertLayer, run: Run, inputs: Tensor, hidden: Tens
         torch.mm(rows, up_DH, out=given)
         if up_bias is not None:
             given += up_bias[expert]
-        for parts in cached_parts(given, into):
-            layer.activation.forward(*parts)
+        layer.activate(given, into)
         torch.mm(into, down_FD, out=output)
 
 
