@@ -50,7 +50,8 @@ def test_steps_are_those_of_one_process(results: dict[str, Any]) -> None:
         assert found["experts"] >= 12, job  # A and B of two matrices in three layers
         assert found["loss"] <= (1e-10 if exact else 1e-5), (job, found)
         # a trained router's gradient is summed in fp32 and nearly cancels: 3.7e-5 was seen (AMD), 8e-8 with all else in fp64
-        assert found["gradient"] <= (1e-9 if exact else 1e-4), (job, found)
+        trains_router = job.get("options", {}).get("router", False)
+        assert found["gradient"] <= (1e-9 if exact else 1e-4 if trains_router else 2e-5), (job, found)
         # AdamW's first steps divide a gradient by its own size: where that is rounding, so is the step (2.7e-4 was seen)
         assert found["update"] <= (1e-9 if exact else 1e-3), (job, found)
 
