@@ -1,10 +1,10 @@
 """`experts_implementation="hf_moe"` on a CPU, beside Transformers' implementations, a dense FFN and two floors.
 
 Contenders: ours; Transformers' `eager`, `grouped_mm` and `batched_mm` (where its copies of weights fit); a dense SwiGLU of
-equal active FLOPs. They run interleaved in one process, in alternating order, with the same weights and tokens; of
-Transformers' implementations only those are timed at length that are not far behind in a first trial. Floors: the same FLOPs
-at the rate of one big GEMM, and the bytes of the touched weights at the measured read bandwidth (training reads them twice and
-writes a gradient for every expert). Weights that stay in a cache from call to call can be below the second floor.
+equal active FLOPs. They run interleaved in one process, in an order drawn anew for every round, with the same weights and
+tokens; of Transformers' implementations only those are timed at length that are not far behind in a first trial. Floors: the
+same FLOPs at the rate of one big GEMM, and the bytes of the touched weights at the measured read bandwidth (training reads them
+twice and writes a gradient for every expert). Weights that stay in a cache from call to call can be below the second floor.
 
 One of four kinds of run; all exit 1 if a target is missed:
 

@@ -1,6 +1,6 @@
 """Our MoE layer against Transformers' `MixtralSparseMoeBlock` on the same experts implementation.
 
-Both have the same weights and are fed the same tokens; runs are interleaved (in alternating order), so that both see the
+Both have the same weights and are fed the same tokens; runs are interleaved, so that both see the
 same machine. Prints medians and the ratio ours / Mixtral's of every cell; exits 1 if a ratio is above the bar. The default
 shape has Mixtral's proportions (expert width 3.5 times the hidden size). In bf16 our router costs more, since it computes in
 fp32: with narrow experts (`--width 512`, 64 experts, top-1) that is 5 to 15 % of the layer on a CPU with bf16 matrix units.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import statistics
 import sys
 import time
@@ -74,7 +75,10 @@ def step(layer: torch.nn.Module, x: torch.Tensor, training: bool) -> Callable[[]
 
 
 def interleaved(calls: list[Callable[[], None]], seconds: float, device: str) -> list[float]:
-    """Median seconds of each call, run in turn and in alternating order until `seconds` are spent."""
+    """Median seconds of each call, run in rounds until `seconds` are spent.
+
+    The order of a round is drawn anew: what ran before decides what is in the caches.
+    """
     synchronize = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     times: list[list[float]] = [[] for _ in calls]
     begin = time.perf_counter()
@@ -83,10 +87,9 @@ def interleaved(calls: list[Callable[[], None]], seconds: float, device: str) ->
     slow = time.perf_counter() - begin > seconds
     for call in calls * (0 if slow else 2):
         call()
-    begin, rounds = time.perf_counter(), 0
+    begin, rounds, order = time.perf_counter(), 0, random.Random(0)
     while rounds < 9 or time.perf_counter() - begin < seconds:
-        order = range(len(calls)) if rounds % 2 == 0 else reversed(range(len(calls)))
-        for i in order:
+        for i in order.sample(range(len(calls)), len(calls)):
             synchronize()
             start = time.perf_counter()
             calls[i]()

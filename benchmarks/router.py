@@ -1,6 +1,6 @@
 """Our router, its losses and its counts against Transformers' router and `load_balancing_loss_func`.
 
-Both have the same weights and get the same tokens, new ones at every call; runs are interleaved in alternating order.
+Both have the same weights and get the same tokens, new ones at every call; runs are interleaved.
 Transformers' side is `MixtralTopKRouter` for each layer and one `load_balancing_loss_func` over the logits of all layers, as
 `MixtralForCausalLM` runs them. Ours is a `TopKRouter` for each layer, what a `RoutingRecord` sums up, and the router losses of
 all layers: more than theirs, since counts, importance, entropy and z-loss are in it. Ours projects in fp32 also where the model

@@ -53,6 +53,10 @@ class Activation:
         usual_gate = not self.gated or getattr(experts._apply_gate, "__name__", "") == "_default_apply_gate"
         self._kernels = KERNELS.get(type(experts.act_fn)) if usual_gate and experts.is_concatenated else None
 
+    def for_autograd(self, hidden: Tensor) -> Tensor:
+        """`[rows, 2F]` or `[rows, F]` to `[rows, F]`, as the module itself does it."""
+        return self._any(hidden)
+
     def forward(self, hidden: Tensor, out: Tensor) -> Tensor:
         """`act(gate) * up`, or `act(up)`.
 

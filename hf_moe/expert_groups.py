@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,8 +66,7 @@ class Groups:
     def tokens(self) -> Tensor:
         """`[P]` the token of each row; of padding the last."""
         tokens, top_k = self.row_TK.shape
-        tokens_P = self.slot_P.div(top_k, rounding_mode="floor")
-        return tokens_P if self.filled == len(self) else tokens_P.clamp_(max=tokens - 1)
+        return torch.from_numpy(np.minimum(self.slot_P.numpy() // top_k, tokens - 1))
 
     def runs(self, most_rows: int) -> Iterator[Run]:
         """Groups side by side that have so many rows together, or the one that has more."""
@@ -105,27 +104,27 @@ def group_rows(ids_TK: Tensor, num_experts: int, pad: bool, most_rows: int | Non
         most_rows: of a group; an expert with more has several.
         rows_in_one_call: without padding, per expert, on average, up to which the groups get `ends_E`.
     """
-    sorted_S, slot_S = ids_TK.reshape(-1).sort(stable=True)
-    ends_E = torch.searchsorted(sorted_S, torch.arange(num_experts), right=True, out_int32=True)
+    # NumPy, since a call costs a fraction of torch's; what has few bits it sorts without comparing
+    ids_S = np.minimum(ids_TK.reshape(-1).numpy(), num_experts)
+    slot_S = ids_S.astype(np.min_scalar_type(num_experts)).argsort(kind="stable")
     experts, counts = [], []
-    for expert, (start, end) in enumerate(pairwise([0, *ends_E.tolist()])):
-        while start < end:
+    for expert, count in enumerate(np.bincount(ids_S, minlength=num_experts)[:num_experts].tolist()):
+        while count:
             experts.append(expert)
-            counts.append(end - start if most_rows is None else min(end - start, most_rows))
-            start += counts[-1]
+            counts.append(count if most_rows is None else min(count, most_rows))
+            count -= counts[-1]
     sizes = [padded(count) for count in counts] if pad else counts
     slots, rows, filled = len(slot_S), sum(sizes), sum(counts)
-    slot_S = slot_S[:filled]  # empty slots are last
-    slot_P, row_S = slot_S, torch.arange(filled)
+    slot_P = slot_S = slot_S[:filled]  # empty slots are last
+    row_S = np.arange(filled)
     if rows > filled:
-        padding = torch.tensor([0, *(size - count for size, count in zip(sizes, counts, strict=True))])
-        row_S += padding.cumsum(0)[:-1].repeat_interleave(torch.tensor(counts))
-        slot_P = torch.full((rows,), slots).scatter_(0, row_S, slot_S)
-    row_TK = torch.full((slots,), rows).scatter_(0, slot_S, row_S).view(ids_TK.shape)
-    few = 0 < filled <= rows_in_one_call * num_experts
-    if few and rows > filled:
-        rows_E = [0] * num_experts
-        for expert, size in zip(experts, sizes, strict=True):
-            rows_E[expert] += size
-        ends_E = torch.tensor(list(accumulate(rows_E)), dtype=torch.int32)
-    return Groups(experts, sizes, filled, slot_P, row_TK, ends_E if few else None)
+        row_S += np.repeat(np.cumsum(np.subtract([0, *sizes[:-1]], [0, *counts[:-1]])), counts)
+        slot_P = np.full(rows, slots)
+        slot_P[row_S] = slot_S
+    row_TK = np.empty(ids_TK.shape, np.int64)
+    row_TK.fill(rows)
+    row_TK.reshape(-1)[slot_S] = row_S
+    ends_E = None
+    if 0 < filled <= rows_in_one_call * num_experts:
+        ends_E = torch.from_numpy(np.bincount(experts, sizes, num_experts).cumsum().astype(np.int32))
+    return Groups(experts, sizes, filled, torch.from_numpy(slot_P), torch.from_numpy(row_TK), ends_E)

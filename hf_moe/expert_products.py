@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .cpu_tuning import tuning
 from .expert_activation import Activation
 from .expert_groups import Groups, Run
 from .large_buffers import empty
 
+_SUM = 0  # the mode of `torch.embedding_bag`
+_SMALL = 8 << 20  # bytes of a stack of weights, whose gradient malloc then finds among what was freed
 RUN_ROWS = 2048  # of groups that take each step together: weights are read in their order, rows stay near
 
 
@@ -62,6 +63,12 @@ class ExpertLayer(NamedTuple):
         """Whether each shape of a product costs a compilation: oneDNN's (bf16, fp16) do, MKL's (fp32, fp64) do not."""
         return self.dtype in (torch.bfloat16, torch.float16)
 
+    @property
+    def is_small(self) -> bool:
+        """Whether new memory for all gradients costs little; never with biases, which torch's grouped product does not have."""
+        up, down, up_bias, _ = self.weights
+        return up_bias is None and max(up.nbytes, down.nbytes) <= _SMALL
+
     def rows_in_one_call(self, keep: bool) -> int:
         """Per expert, on average, up to which torch's product of all groups in one call is faster than a call for each.
 
@@ -71,9 +78,9 @@ class ExpertLayer(NamedTuple):
             keep: whether a backward follows.
         """
         up, down, *_ = self.weights
-        steps = [*self.widths, *(step for stack in (up, down) for step in stack.stride() if step != 1)]
-        aligned = all(step * up.itemsize % 16 == 0 for step in steps) and 1 in up.stride()[1:] and 1 in down.stride()[1:]
-        takes = up.dtype == down.dtype == self.dtype and aligned
+        steps = {*up.stride(), *down.stride()} - {1} | {*self.widths}
+        aligned = 1 in up.stride()[1:] and 1 in down.stride()[1:] and not any(step * up.itemsize % 16 for step in steps)
+        takes = aligned and up.dtype == down.dtype == self.dtype
         return tuning().rows_in_one_call.get(self.dtype, (0, 0))[keep] if takes else 0
 
     def multiply(self, rows: Tensor, stack: Tensor, out: Tensor, run: Run) -> None:
@@ -158,4 +165,8 @@ def sum_rows(rows_PD: Tensor, row_TK: Tensor, weights_TK: Tensor | None = None) 
         row_TK: `[T, K]` which rows.
         weights_TK: `[T, K]`.
     """
-    return F.embedding_bag(row_TK, rows_PD, mode="sum", per_sample_weights=weights_TK)
+    tokens, top_k = row_TK.shape
+    first_T = torch.arange(0, tokens * top_k, top_k)
+    weights_S = None if weights_TK is None else weights_TK.reshape(-1)
+    # `F.embedding_bag` takes twice as long to get there
+    return torch.embedding_bag(rows_PD, row_TK.view(-1), first_T, False, _SUM, False, weights_S)[0]

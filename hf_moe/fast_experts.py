@@ -9,7 +9,7 @@ What it does otherwise than Transformers' `grouped_mm`:
 - Pointwise work is done in blocks of rows that stay in the cache.
 - The weighted sum over a token's experts reads the rows where they are, without copies of `[T·K, D]`.
 - At inference what is between the products is stored column by column, so that weights need not be copied into another order.
-- Groups of few rows take each product in one call for all, so that Python does not show.
+- Groups of few rows take each product in one call for all, and few tokens torch's own backward, so that Python does not show.
 - Large buffers, the parameters' gradients among them, take memory that others had before: new pages cost more than products.
 - The gradients of experts without rows are not written at all where these are most.
 - A single token is multiplied with its experts' weights as they lie, without sorting or copying.
@@ -35,6 +35,7 @@ from .router_math import without_autocast
 
 NAME = "hf_moe"
 GPU_NAME = "hf_moe_triton"  # registered in auto.py where Triton is installed
+_FEW_TOKENS = 32  # up to which a backward of our own in Python takes longer than it saves, in a small layer
 _CACHED_RUN = 512  # rows, where no backward follows: what is between the products is then soon used again
 _CACHED_GROUP = 2048  # rows, likewise; more would only take more memory
 
@@ -60,6 +61,10 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     layer = ExpertLayer(weights, Activation(self), dtype)
     with without_autocast("cpu"):
         if torch.is_grad_enabled() and _any_needs_grad(hidden_states, top_k_weights, *weights):
+            if len(hidden_states) <= _FEW_TOKENS and layer.is_small:
+                plan = group_rows(top_k_index, layer.num_experts, False, rows_in_one_call=layer.rows_in_one_call(True))
+                if plan.ends_E is not None:
+                    return _differentiated_by_torch(layer, plan, hidden_states, top_k_weights)
             return _Experts.apply(layer.activation, dtype, hidden_states, top_k_index, top_k_weights, *weights)
         if len(hidden_states) == 1 and hidden_states.dtype == weights.up.dtype == dtype:
             return _one_token(layer, hidden_states, top_k_index, top_k_weights)
@@ -98,6 +103,17 @@ def _one_token(layer: ExpertLayer, x_1D: Tensor, ids_1K: Tensor, weights_1K: Ten
     _row_by_row(layer, run, x_1D.expand(len(experts), -1), hidden, activated, outputs)
     _add_bias(outputs, layer.weights.down_bias, run)
     return torch.mm(weights_1K.to(x_1D.dtype), outputs)
+
+
+def _differentiated_by_torch(layer: ExpertLayer, plan: Groups, x_TD: Tensor, weights_TK: Tensor) -> Tensor:
+    """The layer for autograd as it is: more is kept for backward than by `_Experts`, which of few rows is little."""
+    up, down, *_ = layer.weights
+    hidden = F.grouped_mm(x_TD.to(layer.dtype).index_select(0, plan.tokens()), up, offs=plan.ends_E)
+    outputs = F.grouped_mm(layer.activation.for_autograd(hidden), down, offs=plan.ends_E)
+    rows_TKD = with_empty_row(outputs, plan).index_select(0, plan.row_TK.view(-1)).view(*plan.row_TK.shape, -1)
+    output = torch.bmm(weights_TK.to(layer.dtype).unsqueeze(1), rows_TKD).squeeze(1).to(x_TD.dtype)
+    output.register_hook(lambda grad: _refuse_second_derivative())
+    return output
 
 
 def _forward(layer: ExpertLayer, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, keep: bool) -> tuple[Tensor, Groups, Tensor]:
@@ -172,6 +188,15 @@ def _add_bias(rows: Tensor, bias: Tensor | None, run: Run) -> None:
             group += bias[expert]
 
 
+def _refuse_second_derivative() -> None:
+    """To be called in a backward."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"experts_implementation={NAME!r} has no second derivative (create_graph=True): "
+            "take experts_implementation='eager' for it."
+        )
+
+
 class _Experts(torch.autograd.Function):
     """The layer with its gradient."""
 
@@ -187,11 +212,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"experts_implementation={NAME!r} has no second derivative (create_graph=True): "
-                "take experts_implementation='eager' for it."
-            )
+        _refuse_second_derivative()
         x_TD, weights_TK, hidden, slot_P, row_TK, ends_E, *weights = ctx.saved_tensors
         layer = ExpertLayer(ExpertWeights(*weights), ctx.activation, ctx.dtype)
         experts, sizes, filled = ctx.groups
