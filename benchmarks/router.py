@@ -11,6 +11,7 @@ The product of tokens and router weights is in both; "beside it" is the ratio of
 
     python benchmarks/router.py --experts 64 --tokens 512  # a part of the grid
     python benchmarks/router.py --json out.json            # all of it
+    python benchmarks/router.py --device cuda              # with the choice in one Triton kernel
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Cell:
         self.experts, self.top_k = experts, top_k
         theirs = MixtralConfig(hidden_size=args.hidden, num_local_experts=experts, num_experts_per_tok=top_k)
         ours = MoEConfig(num_experts=experts, num_experts_per_tok=top_k)
+        ours._experts_implementation = "hf_moe"  # on a GPU: with the Triton kernel
         self.theirs = [MixtralTopKRouter(theirs) for _ in range(layers)]
         self.ours = [TopKRouter(ours, args.hidden, experts).to(args.device) for _ in range(layers)]
         for router, other in zip(self.theirs, self.ours, strict=True):

@@ -13,6 +13,7 @@ from .fast_experts import GPU_NAME
 from .modeling_moe import MoECausalLMOutputWithPast, MoEForCausalLM, MoEModel
 from .moe_layer import MoELayer
 from .record import RoutingRecord, checkpoint_with_record, record_routing
+from .routers import KERNELS as ROUTER_KERNELS
 from .routing import Routing
 
 AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
@@ -27,7 +28,15 @@ def _with_triton(*args: Any) -> Any:
     return triton_experts_forward(*args)
 
 
+def _route_with_triton(logits_TE: Any, *args: Any, **kwargs: Any) -> Any:
+    """The choice of `hf_moe.triton_router`, or `None` for logits that it does not take."""
+    from .triton_router import route, supports
+
+    return route(logits_TE, *args, **kwargs) if supports(logits_TE) else None
+
+
 if find_spec("triton") is not None:
+    ROUTER_KERNELS["cuda"] = _route_with_triton
     ALL_EXPERTS_FUNCTIONS.register(GPU_NAME, _with_triton)
 
 __all__ = [

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from .losses import loss_free_bias_update, smooth_load
 from .router_math import project, softmax, without_autocast
 from .routing import Routing, top_k
 
+# By type of device: the choice in one kernel, with the arguments of `triton_router.route` (registered in auto.py). It returns a
+# `RouterChoice`, or `None` for logits that it does not take.
+KERNELS: dict[str, Callable[..., Any]] = {}
 NOISE_EPSILON = 1e-2  # smallest standard deviation of the gating noise (the paper's reference code)
 
 
@@ -89,6 +93,23 @@ class Router(nn.Module, ABC):
             return scores_TE
         return scores_TE + self.exploration_bonus.to(scores_TE)
 
+    def _chosen_by_kernel(self, logits_TE: Tensor, **rule: Any) -> Routing | None:
+        """The plan from one kernel, if there is one for these logits.
+
+        It has no second derivative: for that there is `experts_implementation="eager"`, here as for the experts.
+        """
+        kernel = KERNELS.get(logits_TE.device.type)
+        if (
+            kernel is None
+            or torch.compiler.is_compiling()
+            or type(logits_TE) is not Tensor
+            or torch._C._are_functorch_transforms_active()
+            or self.config._experts_implementation in (None, "eager")
+        ):
+            return None
+        choice = kernel(logits_TE, self.top_k, **rule)
+        return None if choice is None else Routing.of(choice.ids_TK, choice.weights_TK, logits_TE)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Follow a move to another device, not to a lower precision."""
 
@@ -112,6 +133,9 @@ class TopKRouter(Router):
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
         logits_TE = self._explored(project(x_TD, self.weight))
+        routing = self._chosen_by_kernel(logits_TE, renormalise=self.renormalise)
+        if routing is not None:
+            return routing
         top_TK, ids_TK = top_k(logits_TE, self.top_k)
         if self.renormalise:  # softmax over the kept logits is the renormalised softmax
             return Routing.of(ids_TK, softmax(top_TK), logits_TE)
@@ -193,6 +217,11 @@ class SigmoidRouter(Router):
 
     def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> Routing:
         logits_TE = project(x_TD, self.weight)
+        if self.topk_group == self.num_groups:
+            bias_E = self._explored(self.e_score_correction_bias)
+            routing = self._chosen_by_kernel(logits_TE, scoring="sigmoid", selection_bias_E=bias_E, scale=self.scale)
+            if routing is not None:
+                return routing
         scores_TE = logits_TE.sigmoid()
         biased_TE = self._explored(scores_TE.detach() + self.e_score_correction_bias)
         _, ids_TK = top_k(self._within_groups(biased_TE), self.top_k)

@@ -266,7 +266,9 @@ def _(d_weights_TK: Tensor, logits_TE: Tensor, *rest: Any) -> Tensor:
 
 
 def _refuse(ctx: Any, *gradients: Tensor | None) -> None:
-    raise RuntimeError("The Triton router has no second derivative; use the routers of hf_moe for double backward.")
+    raise RuntimeError(
+        "The Triton router has no second derivative (create_graph=True): take experts_implementation='eager' for it."
+    )
 
 
 _backward_op.register_autograd(_refuse)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from triton_cases import DEVICE, needs_triton
 
-from hf_moe import MoEConfig
-from hf_moe.routers import ROUTERS
+from hf_moe import MoEConfig, auto
+from hf_moe.routers import KERNELS, ROUTERS, Router
 
 triton_router = pytest.importorskip("hf_moe.triton_router", exc_type=ImportError)
 pytestmark = needs_triton
@@ -99,27 +101,78 @@ def test_layouts_and_no_tokens() -> None:
     assert leaf.grad.shape == (0, 7)
 
 
-@pytest.mark.parametrize(
-    ("router_type", "fields", "arguments"),
-    [
-        ("top_k", {}, {}),
-        ("top_k", {"norm_topk_prob": False}, {"renormalise": False}),
-        ("switch", {"num_experts_per_tok": 1}, {"renormalise": False}),
-        ("sigmoid", {"routed_scaling_factor": 2.5}, {"scoring": "sigmoid", "scale": 2.5}),
-    ],
-)
-def test_is_the_rule_of_our_routers(router_type: str, fields: dict, arguments: dict) -> None:
+ROUTER_CASES = [
+    ("top_k", {}),
+    ("top_k", {"norm_topk_prob": False}),
+    ("switch", {"num_experts_per_tok": 1}),
+    ("sigmoid", {"routed_scaling_factor": 2.5}),
+]
+
+
+def build_router(router_type: str, fields: dict) -> Router:
     config = MoEConfig(router_type=router_type, num_experts=12, **{"num_experts_per_tok": 3, **fields})
-    torch.manual_seed(0)
-    router = ROUTERS[router_type](config, 16, 12)
+    router = ROUTERS[router_type](config, 16, 12).to(DEVICE)
+    assert isinstance(router, Router)
     torch.nn.init.normal_(router.weight)
     if router_type == "sigmoid":
         router.e_score_correction_bias.normal_()
-        arguments = {**arguments, "selection_bias_E": router.e_score_correction_bias.to(DEVICE)}
-    expected = router(torch.randn(30, 16))
-    found = triton_router.route(expected.logits_TE.detach().to(DEVICE), config.num_experts_per_tok, **arguments)
-    assert torch.equal(found.ids_TK.cpu(), expected.expert_ids_TK)
-    torch.testing.assert_close(found.weights_TK.cpu(), expected.weights_TK.detach(), rtol=1e-5, atol=1e-6)
+    return router
+
+
+@pytest.mark.parametrize("explored", [False, True])
+@pytest.mark.parametrize(("router_type", "fields"), ROUTER_CASES)
+def test_our_routers_take_it(router_type: str, fields: dict, explored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same plan and gradients as without it; not for `"eager"`, which has a second derivative."""
+    torch.manual_seed(0)
+    router = build_router(router_type, fields)
+    if explored:
+        router.exploration_bonus = torch.linspace(-1, 1, 12).to(DEVICE)
+    calls = []
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return auto._route_with_triton(*args, **kwargs)
+
+    monkeypatch.setitem(KERNELS, DEVICE.type, kernel)
+    x = torch.randn(30, 16).to(DEVICE)
+    direction = torch.randn(30, 12).to(DEVICE)
+    found = []
+    for implementation in ("eager", "hf_moe"):
+        router.config._experts_implementation = implementation
+        leaf = x.clone().requires_grad_()
+        routing = router(leaf)
+        assert len(calls) == (implementation == "hf_moe")
+        loss = (routing.weights_TK * direction[:, : routing.weights_TK.shape[1]]).sum() + (routing.logits_TE * direction).sum()
+        found.append([routing.expert_ids_TK, routing.weights_TK, *torch.autograd.grad(loss, [leaf, router.weight])])
+    (ids, *expected), (ids_by_kernel, *by_kernel) = found
+    assert torch.equal(ids_by_kernel, ids)
+    for tensor, other in zip(by_kernel, expected, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=1e-5, atol=1e-5)
+
+
+def test_our_routers_do_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it does not take the logits, under a compiler, under `torch.func`, and where groups limit the choice."""
+    torch.manual_seed(0)
+    monkeypatch.setitem(KERNELS, DEVICE.type, auto._route_with_triton)
+    router, x = build_router("top_k", {}), torch.randn(30, 16).to(DEVICE)
+    router.config._experts_implementation = "hf_moe"
+    expected = router(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: router(x).weights_TK, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, expected.weights_TK)
+    _, slope = torch.func.jvp(lambda x: router(x).weights_TK.sum(), (x,), (torch.ones_like(x),))
+    assert slope.isfinite()
+    in_fp64 = router.double()(x.double())
+    assert in_fp64.weights_TK.dtype == torch.float64
+    assert torch.equal(in_fp64.expert_ids_TK, expected.expert_ids_TK)
+    grouped = build_router("sigmoid", {"n_group": 3, "topk_group": 1})
+    grouped.config._experts_implementation = "hf_moe"
+    groups = grouped(x).expert_ids_TK // 4
+    assert torch.equal(groups, groups[:, :1].expand(-1, 3))
+
+
+def test_is_registered_for_gpus() -> None:
+    assert list(KERNELS.items()) == [("cuda", auto._route_with_triton)]
 
 
 @pytest.mark.parametrize(
