@@ -107,8 +107,9 @@ def group_rows(ids_TK: Tensor, num_experts: int, pad: bool, most_rows: int | Non
     # NumPy, since a call costs a fraction of torch's; what has few bits it sorts without comparing
     ids_S = np.minimum(ids_TK.reshape(-1).numpy(), num_experts)
     slot_S = ids_S.astype(np.min_scalar_type(num_experts)).argsort(kind="stable")
+    rows_E = np.bincount(ids_S, minlength=num_experts)[:num_experts]
     experts, counts = [], []
-    for expert, count in enumerate(np.bincount(ids_S, minlength=num_experts)[:num_experts].tolist()):
+    for expert, count in enumerate(rows_E.tolist()):
         while count:
             experts.append(expert)
             counts.append(count if most_rows is None else min(count, most_rows))
@@ -121,10 +122,10 @@ def group_rows(ids_TK: Tensor, num_experts: int, pad: bool, most_rows: int | Non
         row_S += np.repeat(np.cumsum(np.subtract([0, *sizes[:-1]], [0, *counts[:-1]])), counts)
         slot_P = np.full(rows, slots)
         slot_P[row_S] = slot_S
+        rows_E = np.bincount(experts, sizes, num_experts)
     row_TK = np.empty(ids_TK.shape, np.int64)
     row_TK.fill(rows)
     row_TK.reshape(-1)[slot_S] = row_S
-    ends_E = None
-    if 0 < filled <= rows_in_one_call * num_experts:
-        ends_E = torch.from_numpy(np.bincount(experts, sizes, num_experts).cumsum().astype(np.int32))
+    few = 0 < filled <= rows_in_one_call * num_experts
+    ends_E = torch.from_numpy(rows_E.cumsum(dtype=np.int32)) if few else None
     return Groups(experts, sizes, filled, torch.from_numpy(slot_P), torch.from_numpy(row_TK), ends_E)

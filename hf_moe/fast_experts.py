@@ -144,13 +144,12 @@ def _forward(layer: ExpertLayer, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tenso
 def _in_one_call(layer: ExpertLayer, plan: Groups, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Experts' outputs `[P, D]` (`[P + 1, D]` where slots are empty), and what the first product gave, `[P, H]`."""
     up, down, up_bias, down_bias = layer.weights
-    (run,) = plan.runs(len(plan))
     hidden = F.grouped_mm(x_TD.index_select(0, plan.tokens()), up, offs=plan.ends_E)
-    _add_bias(hidden, up_bias, run)
-    activated = empty(hidden, len(plan), layer.widths[2])
+    _add_bias(hidden, up_bias, plan)
+    activated = hidden.new_empty(len(plan), down.shape[1])
     layer.activate(hidden, activated)
     outputs = F.grouped_mm(activated, down, offs=plan.ends_E)
-    _add_bias(outputs, down_bias, run)
+    _add_bias(outputs, down_bias, plan)
     return with_empty_row(outputs, plan), hidden
 
 
@@ -182,9 +181,9 @@ def _column_by_column(layer: ExpertLayer, run: Run, inputs: Tensor, hidden: Tens
         torch.mm(into, down_FD, out=output)
 
 
-def _add_bias(rows: Tensor, bias: Tensor | None, run: Run) -> None:
+def _add_bias(rows: Tensor, bias: Tensor | None, run: Run | Groups) -> None:
     if bias is not None:
-        for group, expert in zip(run.split(rows), run.experts, strict=True):
+        for group, expert in zip(rows.split_with_sizes(run.sizes), run.experts, strict=True):
             group += bias[expert]
 
 
