@@ -35,6 +35,7 @@ from .router_math import without_autocast
 
 NAME = "hf_moe"
 GPU_NAME = "hf_moe_triton"  # registered in auto.py where Triton is installed
+_FEW_ROWS = 8  # per expert, up to which autocast's copies of the weights take longer than products in their own precision
 _FEW_TOKENS = 32  # up to which a backward of our own in Python takes longer than it saves, in a small layer
 _CACHED_RUN = 512  # rows, where no backward follows: what is between the products is then soon used again
 _CACHED_GROUP = 2048  # rows, likewise; more would only take more memory
@@ -57,7 +58,9 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         forward = ALL_EXPERTS_FUNCTIONS[GPU_NAME] if on_gpu else grouped_mm_experts_forward
         return forward(self, hidden_states, top_k_index, top_k_weights)
     weights = ExpertWeights.of(self)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weights.up.dtype
+    dtype = weights.up.dtype
+    if torch.is_autocast_enabled("cpu") and top_k_index.numel() > _FEW_ROWS * len(weights.up):
+        dtype = torch.get_autocast_dtype("cpu")
     layer = ExpertLayer(weights, Activation(self), dtype)
     with without_autocast("cpu"):
         if torch.is_grad_enabled() and _any_needs_grad(hidden_states, top_k_weights, *weights):

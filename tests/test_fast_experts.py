@@ -215,19 +215,21 @@ def test_weights_that_are_parts_of_larger_ones(tokens: int, step: int) -> None:
 
 
 def test_autocast() -> None:
-    """Products in bf16 whatever the parameters are in; gradients in the precision of what they are of."""
+    """Products in bf16 whatever the parameters are in, but for few rows; gradients in the precision of what they are of."""
     torch.manual_seed(4)
     module = build(4, 16, 24, ("silu", True, True), torch.float32)
     x, ids, weights = inputs(50, 2, 4, 16, torch.float32)
     exact = in_fp64(module, x, ids, weights, torch.ones(50, 16))
     with torch.autocast("cpu", torch.bfloat16):
         output = experts_forward(module, x, ids, weights)
+        few = experts_forward(module, x[:9], ids[:9], weights[:9])
         with torch.no_grad():
             alone = experts_forward(module, x[:1], ids[:1], weights[:1])
+    assert torch.equal(few, experts_forward(module, x[:9], ids[:9], weights[:9]))
     found = [output.detach(), *torch.autograd.grad(output.sum(), [x, weights, *module.parameters()])]
     assert {tensor.dtype for tensor in found} == {torch.float32}
     assert_near(found, exact, TOLERANCE[torch.bfloat16])
-    assert_near([alone], [exact[0][:1]], TOLERANCE[torch.bfloat16])
+    assert_near([alone], [exact[0][:1]], TOLERANCE[torch.float32])
     assert (output.double() - exact[0]).norm() > 1e-4 * exact[0].norm()  # it was bf16
 
 
