@@ -125,28 +125,10 @@ def _in_one_call(
     between = grad_activated, *(empty(like, *like.shape) for like in (grad_activated, hidden_PH))
     rows = _Rows(inputs, grads, _weights_of_rows(weights_TK, plan), hidden_PH, *between)
     grad_weight_P = _through_activation(layer, run, rows)
-    if layer.is_small:
-        found = _parameters_in_one_call(layer, plan, rows, need_parameters)
-    else:
-        found = _rooms(layer, plan, need_parameters)
-        _add_parameters(layer, run, rows, found)
+    found = _rooms(layer, plan, need_parameters)
+    _add_parameters(layer, run, rows, found)
     grad_x_PD = F.grouped_mm(rows.grad_hidden, up.transpose(1, 2), offs=plan.ends_E) if needs_x else None
     return None if grad_x_PD is None else with_empty_row(grad_x_PD, plan), with_empty_row(grad_weight_P, plan), found
-
-
-def _parameters_in_one_call(layer: ExpertLayer, plan: Groups, rows: _Rows, needed: Sequence[bool]) -> ExpertWeights:
-    """Gradients of the weights in memory of their own, each one product for all experts."""
-    up, down, *_ = layer.weights
-    found: list[Tensor | None] = []
-    for stack, left, right in ((up, rows.inputs, rows.grad_hidden), (down, rows.activated, rows.grads)):
-        if not needed[len(found)]:
-            found.append(None)
-        elif stack.stride(1) == 1:  # the parameter is stored the other way round, and so is its gradient
-            found.append(F.grouped_mm(right.t(), left, offs=plan.ends_E).transpose(1, 2))
-        else:
-            found.append(F.grouped_mm(left.t(), right, offs=plan.ends_E))
-    grad_up, grad_down = found
-    return ExpertWeights(grad_up, grad_down, None, None)  # type: ignore[arg-type]
 
 
 def _weights_of_rows(weights_TK: Tensor, plan: Groups) -> Tensor:
