@@ -113,8 +113,7 @@ def _differentiated_by_torch(layer: ExpertLayer, plan: Groups, x_TD: Tensor, wei
     up, down, *_ = layer.weights
     hidden = F.grouped_mm(x_TD.to(layer.dtype).index_select(0, plan.tokens()), up, offs=plan.ends_E)
     outputs = F.grouped_mm(layer.activation.for_autograd(hidden), down, offs=plan.ends_E)
-    rows_TKD = with_empty_row(outputs, plan).index_select(0, plan.row_TK.view(-1)).view(*plan.row_TK.shape, -1)
-    output = torch.bmm(weights_TK.to(layer.dtype).unsqueeze(1), rows_TKD).squeeze(1).to(x_TD.dtype)
+    output = sum_rows(with_empty_row(outputs, plan), plan.row_TK, weights_TK.to(layer.dtype)).to(x_TD.dtype)
     output.register_hook(lambda grad: _refuse_second_derivative())
     return output
 

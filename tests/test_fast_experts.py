@@ -242,6 +242,24 @@ def test_second_derivative_is_refused(tokens: int, width: int) -> None:
         torch.autograd.grad(output.sum(), x, create_graph=True)
 
 
+@pytest.mark.parametrize("tokens", [2, 9, 30, 60])
+@pytest.mark.parametrize("empty_slots", [False, True])
+def test_few_tokens_have_one_output(tokens: int, empty_slots: bool) -> None:
+    """To the last bit, whether gradients are wanted or not, and whether the layer is small."""
+    torch.manual_seed(tokens)
+    module = build(4, 16, 24, ("silu", True, False), torch.float32)
+    x, ids, weights = inputs(tokens, 2, 4, 16, torch.float32, empty_slots)
+    outputs = [experts_forward(module, x, ids, weights).detach()]
+    with torch.no_grad():
+        outputs.append(experts_forward(module, x, ids, weights))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_moe.expert_products._SMALL", 0)
+        outputs.append(experts_forward(module, x, ids, weights).detach())
+    module.requires_grad_(False)
+    outputs.append(experts_forward(module, x, ids, weights).detach())
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
 def test_what_it_leaves_to_others() -> None:
     module = build(4, 8, 8, ("silu", True, False), torch.float32)
     x, ids, weights = inputs(9, 2, 4, 8, torch.float32)
