@@ -124,7 +124,7 @@ def group_rows(ids_TK: Tensor, num_experts: int, pad: bool, most_rows: int | Non
         slot_P[row_S] = slot_S
         rows_E = np.bincount(experts, sizes, num_experts)
     row_TK = np.empty(ids_TK.shape, np.int64)
-    row_TK.fill(rows)
+    row_TK.fill(rows)  # `np.full` takes longer
     row_TK.reshape(-1)[slot_S] = row_S
     few = 0 < filled <= rows_in_one_call * num_experts
     ends_E = torch.from_numpy(rows_E.cumsum(dtype=np.int32)) if few else None

@@ -31,7 +31,7 @@ from .expert_backward import Given, backward
 from .expert_groups import Groups, Run, group_rows
 from .expert_products import RUN_ROWS, ExpertLayer, ExpertWeights, room_for_rows, sum_rows, with_empty_row
 from .large_buffers import empty
-from .router_math import without_autocast
+from .router_math import is_plain, without_autocast
 
 NAME = "hf_moe"
 GPU_NAME = "hf_moe_triton"  # registered in auto.py where Triton is installed
@@ -64,10 +64,9 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     layer = ExpertLayer(weights, Activation(self), dtype)
     with without_autocast("cpu"):
         if torch.is_grad_enabled() and _any_needs_grad(hidden_states, top_k_weights, *weights):
-            if len(hidden_states) <= _FEW_TOKENS and layer.is_small:
-                plan = group_rows(top_k_index, layer.num_experts, False, rows_in_one_call=layer.rows_in_one_call(True))
-                if plan.ends_E is not None:
-                    return _differentiated_by_torch(layer, plan, hidden_states, top_k_weights)
+            plan = _plan_of_few(layer, top_k_index)
+            if plan is not None:
+                return _differentiated_by_torch(layer, plan, hidden_states, top_k_weights)
             return _Experts.apply(layer.activation, dtype, hidden_states, top_k_index, top_k_weights, *weights)
         if len(hidden_states) == 1 and hidden_states.dtype == weights.up.dtype == dtype:
             return _one_token(layer, hidden_states, top_k_index, top_k_weights)
@@ -78,10 +77,8 @@ def takes(experts: Any, hidden_states: Tensor) -> bool:
     """Whether this is for the path below: values in the CPU's memory, and experts that are two products."""
     return (
         hidden_states.device.type == "cpu"
-        and type(hidden_states) is Tensor
+        and is_plain(hidden_states)
         and type(experts.down_proj) in (Tensor, nn.Parameter)  # a `DTensor` has its own products
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
         and not experts.has_post_expert_norm
         and (type(experts.act_fn) in KERNELS or not _has_parameters(experts.act_fn))
     )
@@ -106,6 +103,17 @@ def _one_token(layer: ExpertLayer, x_1D: Tensor, ids_1K: Tensor, weights_1K: Ten
     _row_by_row(layer, run, x_1D.expand(len(experts), -1), hidden, activated, outputs)
     _add_bias(outputs, layer.weights.down_bias, run)
     return torch.mm(weights_1K.to(x_1D.dtype), outputs)
+
+
+def _plan_of_few(layer: ExpertLayer, ids_TK: Tensor) -> Groups | None:
+    """The rows, where they are few enough for `_differentiated_by_torch`."""
+    if len(ids_TK) > _FEW_TOKENS or not layer.is_small:
+        return None
+    rows_in_one_call = layer.rows_in_one_call(keep=True)
+    if not rows_in_one_call:
+        return None
+    plan = group_rows(ids_TK, layer.num_experts, pad=False, rows_in_one_call=rows_in_one_call)
+    return None if plan.ends_E is None else plan
 
 
 def _differentiated_by_torch(layer: ExpertLayer, plan: Groups, x_TD: Tensor, weights_TK: Tensor) -> Tensor:

@@ -25,6 +25,11 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NO_CONTEXT
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it has values now: no subclass such as a `DTensor`, not under a compiler, not under `torch.func`."""
+    return type(tensor) is Tensor and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
 def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """`x Wᵀ`, `[T, E]`, in the weight's precision; of an x in bf16 no copy in fp32 is kept for the backward."""
     if x_TD.dtype == weight_ED.dtype or torch.compiler.is_compiling():

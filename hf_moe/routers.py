@@ -23,7 +23,7 @@ from transformers import initialization as init
 from .best_tokens import best_tokens_per_expert
 from .configuration_moe import MoEConfig
 from .losses import loss_free_bias_update, smooth_load
-from .router_math import project, softmax, without_autocast
+from .router_math import is_plain, project, softmax, without_autocast
 from .routing import Routing, top_k
 
 # By type of device: the choice in one kernel, with the arguments of `triton_router.route` (registered in auto.py). It returns a
@@ -99,13 +99,7 @@ class Router(nn.Module, ABC):
         It has no second derivative: for that there is `experts_implementation="eager"`, here as for the experts.
         """
         kernel = KERNELS.get(logits_TE.device.type)
-        if (
-            kernel is None
-            or torch.compiler.is_compiling()
-            or type(logits_TE) is not Tensor
-            or torch._C._are_functorch_transforms_active()
-            or self.config._experts_implementation in (None, "eager")
-        ):
+        if kernel is None or not is_plain(logits_TE) or self.config._experts_implementation in (None, "eager"):
             return None
         choice = kernel(logits_TE, self.top_k, **rule)
         return None if choice is None else Routing.of(choice.ids_TK, choice.weights_TK, logits_TE)
